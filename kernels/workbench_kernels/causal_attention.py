@@ -1,0 +1,195 @@
+"""Softmax attention that sees no future.
+
+Letters: B sequences, T queries, S keys, H query heads, G key/value heads, K key width, U value width.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workbench_kernels.tier import resolve
+
+_BLOCK_ROWS = 64
+# The blockwise form keeps half of every T x S matrix for backward; beyond this many keys torch's flash form is used.
+_LONGEST_KEPT = 1024
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, impl: str = "auto") -> Tensor:
+    """`softmax(scale * query @ key.T) @ value`, where the T queries are the last of the S positions.
+
+    Args:
+        query: [B, T, H, K].
+        key: [B, S, G, K] with S >= T; G divides H, and H / G consecutive query heads share a key/value head.
+        value: [B, S, G, U].
+        scale: multiplies the products before the softmax, whose statistics are float32 or wider.
+        impl: "auto", "reference" or "fused"; see `workbench_kernels.tier`.
+
+    Returns:
+        [B, T, H, U] in the dtype of the inputs.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    _check(query, key, value)
+    if resolve("causal_attention", impl, query.device) == "reference":
+        return reference(query, key, value, scale)
+    if key.shape[1] <= _LONGEST_KEPT:
+        return _causal_attention(query, key, value, scale)[0]
+    return flash(query, key, value, scale)
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The definition: all scores at once."""
+    group_size = query.shape[2] // key.shape[2]
+    key, value = (x.repeat_interleave(group_size, dim=2) for x in (key, value))
+    scores_BHTS = torch.einsum("bthk,bshk->bhts", query, key)
+    wide = scores_BHTS.to(torch.promote_types(query.dtype, torch.float32)) * scale
+    hidden_TS = ~visible(query.shape[1], key.shape[1], query.device)
+    weights_BHTS = wide.masked_fill(hidden_TS, float("-inf")).softmax(dim=-1).to(query.dtype)
+    return torch.einsum("bhts,bshu->bthu", weights_BHTS, value)
+
+
+def visible(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """[T, S], True where a query may look."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Torch's own, without a T x S matrix: it wants values as wide as keys, so the narrower of the two is filled up."""
+    width = max(query.shape[-1], value.shape[-1])
+    padded = [F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (query, key, value)]
+    square = query.shape[1] == key.shape[1]
+    mask = None if square else visible(query.shape[1], key.shape[1], query.device)
+    mixed = F.scaled_dot_product_attention(
+        *padded, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=query.shape[2] != key.shape[2]
+    )
+    return mixed.transpose(1, 2)[..., : value.shape[-1]]
+
+
+class Block(NamedTuple):
+    """Some consecutive queries, the keys before and among them, and where their weights lie in the kept buffer."""
+
+    first: int
+    last: int
+    seen: int
+    offset: int
+    size: int
+
+
+def blocks(num_queries: int, num_keys: int, num_heads: int) -> Iterator[Block]:
+    """Cut the queries so that each block skips the keys that lie in the future of all its rows."""
+    offset = 0
+    for first in range(0, num_queries, _BLOCK_ROWS):
+        last = min(first + _BLOCK_ROWS, num_queries)
+        seen = num_keys - num_queries + last
+        size = num_heads * (last - first) * seen
+        yield Block(first, last, seen, offset, size)
+        offset += size
+
+
+def _kept_size(num_queries: int, num_keys: int, num_heads: int) -> int:
+    return sum(block.size for block in blocks(num_queries, num_keys, num_heads))
+
+
+@torch.library.custom_op("workbench_kernels::causal_attention", mutates_args=(), device_types="cpu")
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the output and, for backward, the weights of every sequence's blocks one after the other.
+
+    One sequence and block at a time: its scores stay in the processor's cache.
+    """
+    num_sequences, num_queries, num_heads, _ = query.shape
+    group_size = num_heads // key.shape[2]
+    out = value.new_empty(num_sequences, num_queries, num_heads, value.shape[-1])
+    kept = query.new_empty(num_sequences, _kept_size(num_queries, key.shape[1], num_heads))
+    future = torch.full((_BLOCK_ROWS, _BLOCK_ROWS), float("-inf"), dtype=query.dtype).triu(1)
+    for b in range(num_sequences):
+        query_HTK = query[b].transpose(0, 1)
+        key_HSK, value_HSU = (_for_all_heads(x[b], group_size) for x in (key, value))
+        for block in blocks(num_queries, key.shape[1], num_heads):
+            rows = block.last - block.first
+            scores = torch.bmm(query_HTK[:, block.first : block.last], key_HSK[:, : block.seen].mT).mul_(scale)
+            scores[:, :, block.seen - rows :] += future[:rows, :rows]
+            weights = kept[b, block.offset : block.offset + block.size].view(num_heads, rows, block.seen)
+            torch.softmax(scores, dim=-1, out=weights)
+            out[b, block.first : block.last] = torch.bmm(weights, value_HSU[:, : block.seen]).transpose(0, 1)
+    return out, kept
+
+
+@_causal_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    kept = _kept_size(query.shape[1], key.shape[1], query.shape[2])
+    return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[0], kept)
+
+
+@torch.library.custom_op("workbench_kernels::causal_attention_grad", mutates_args=(), device_types="cpu")
+def _causal_attention_grad(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value."""
+    num_sequences, num_queries, num_heads, _ = query.shape
+    num_keys, num_groups = key.shape[1:3]
+    group_size = num_heads // num_groups
+    grad_query, grad_key, grad_value = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+    )
+    for b in range(num_sequences):
+        query_HTK, grad_HTU = query[b].transpose(0, 1), grad[b].transpose(0, 1)
+        key_HSK, value_HSU = (_for_all_heads(x[b], group_size) for x in (key, value))
+        grad_key_HSK, grad_value_HSU = key_HSK.new_zeros(key_HSK.shape), value_HSU.new_zeros(value_HSU.shape)
+        for block in blocks(num_queries, num_keys, num_heads):
+            rows = block.last - block.first
+            weights = kept[b, block.offset : block.offset + block.size].view(num_heads, rows, block.seen)
+            grad_rows = grad_HTU[:, block.first : block.last]
+            grad_value_HSU[:, : block.seen].baddbmm_(weights.mT, grad_rows)
+            grad_weights = torch.bmm(grad_rows, value_HSU[:, : block.seen].mT)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scale)
+            grad_block = torch.bmm(grad_scores, key_HSK[:, : block.seen])
+            grad_query[b, block.first : block.last] = grad_block.transpose(0, 1)
+            grad_key_HSK[:, : block.seen].baddbmm_(grad_scores.mT, query_HTK[:, block.first : block.last])
+        for gradient, grad_heads in ((grad_key, grad_key_HSK), (grad_value, grad_value_HSU)):
+            grouped = grad_heads.unflatten(0, (num_groups, group_size)).sum(1) if group_size > 1 else grad_heads
+            gradient[b] = grouped.transpose(0, 1)
+    return grad_query, grad_key, grad_value
+
+
+@_causal_attention_grad.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _for_all_heads(x_SGK: Tensor, group_size: int) -> Tensor:
+    """[S, G, K] -> [H, S, K], every head of a group repeated for the query heads that share it."""
+    x_GSK = x_SGK.transpose(0, 1)
+    return x_GSK if group_size == 1 else x_GSK.repeat_interleave(group_size, dim=0)
+
+
+def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, scale = inputs
+    ctx.scale = scale
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, output[1])
+
+
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_causal_attention_grad(grad, *ctx.saved_tensors, ctx.scale), None
+
+
+_causal_attention.register_autograd(_backward, setup_context=_save)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise ValueError(f"{shapes} must have 4 axes each")
+    fits = key.shape[:3] == value.shape[:3] and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
+    if not fits or key.shape[2] == 0 or query.shape[2] % key.shape[2] != 0:
+        raise ValueError(f"{shapes} must be [B, T, H, K], [B, S, G, K], [B, S, G, U] with G a divisor of H")
+    if query.shape[1] > key.shape[1]:
+        raise ValueError(f"{query.shape[1]} queries are more than {key.shape[1]} keys: the queries are the last positions")
+    if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query ({query.dtype}), key ({key.dtype}) and value ({value.dtype}) must have one floating dtype")

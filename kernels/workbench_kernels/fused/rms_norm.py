@@ -1,0 +1,155 @@
+"""Triton twin of `rms_norm`."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workbench_kernels.fused.ahead_of_time import Case
+from workbench_kernels.fused.interpreter import check_dtype
+
+MAX_WIDTH = 8_192  # a row stays in registers; the backward of a wider one spills
+MAX_ODD_WIDTH = 4_096
+MIN_BLOCK_D = 128  # narrower rows share this tile: fewer kernels to compile and prove
+MAX_PARTIALS = 512  # first-stage sums of the weight's gradient; fixed, so that every GPU adds in the same order
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The tile of one program."""
+
+    block_m: int
+    block_d: int
+    num_warps: int
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def launch_forward(width: int) -> Launch:
+    block_d = max(MIN_BLOCK_D, 1 << (width - 1).bit_length())
+    return Launch(max(1, 4096 // block_d), block_d, min(16, max(4, block_d // 1024)))
+
+
+def launch_backward(width: int) -> Launch:
+    block_d = max(MIN_BLOCK_D, 1 << (width - 1).bit_length())
+    return Launch(max(1, 2048 // block_d), block_d, min(16, max(4, block_d // 512)))
+
+
+def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return y [M, D] and 1/rms [M] in float32 of contiguous x [M, D]."""
+    _check(x)
+    num_rows, width = x.shape
+    y = torch.empty_like(x)
+    rstd = x.new_empty(num_rows, dtype=torch.float32)
+    if num_rows:
+        launch = launch_forward(width)
+        rms_norm_fwd_kernel[(cdiv(num_rows, launch.block_m),)](
+            x, weight, y, rstd, num_rows, eps, width, launch.block_m, launch.block_d,
+            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
+    return y, rstd
+
+
+def backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight; grad and x are contiguous."""
+    _check(x)
+    num_rows, width = x.shape
+    launch = launch_backward(width)
+    num_tiles = cdiv(num_rows, launch.block_m)
+    tiles_per_program = cdiv(num_tiles, MAX_PARTIALS)
+    num_programs = cdiv(num_tiles, tiles_per_program) if num_rows else 0
+    grad_x = torch.empty_like(x)
+    partial = x.new_empty(num_programs, width, dtype=torch.float32)
+    if num_rows:
+        rms_norm_bwd_kernel[(num_programs,)](
+            grad, x, weight, rstd, grad_x, partial, num_rows, tiles_per_program, width, launch.block_m, launch.block_d,
+            num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
+    return grad_x, partial.sum(dim=0).to(weight.dtype)
+
+
+def cases() -> list[Case]:
+    """Every tile that the launchers choose, filled by its row and not quite filled, in bfloat16."""
+    tensors = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "rstd_ptr": "*fp32", "num_rows": "i32"}
+    found = []
+    block_d = MIN_BLOCK_D
+    widths = []
+    while block_d <= MAX_WIDTH:
+        widths += [block_d - _step(block_d), block_d]
+        block_d *= 2
+    for width in widths:
+        for kernel, launch, arguments in (
+            (rms_norm_fwd_kernel, launch_forward(width), {"y_ptr": "*bf16", "eps": "fp32"}),
+            (
+                rms_norm_bwd_kernel,
+                launch_backward(width),
+                {"grad_ptr": "*bf16", "grad_x_ptr": "*bf16", "partial_ptr": "*fp32", "tiles_per_program": "i32"},
+            ),
+        ):
+            constants = {"D": width, "BLOCK_M": launch.block_m, "BLOCK_D": launch.block_d}
+            name = f"{kernel.__name__} D={width}"
+            found.append(Case(name, kernel, tensors | arguments, constants, launch.num_warps))
+    return found
+
+
+def _step(width: int) -> int:
+    """Widths come in multiples of this: a wide row that vector loads cannot read makes the backward spill."""
+    return 1 if width <= MAX_ODD_WIDTH else 16
+
+
+def _check(x: Tensor) -> None:
+    check_dtype(x.dtype)
+    width = x.shape[1]
+    if width > MAX_WIDTH or width % _step(width):
+        raise ValueError(
+            f"the fused rms_norm takes rows of up to {MAX_WIDTH} numbers, beyond {MAX_ODD_WIDTH} in multiples of 16, "
+            f"not {width}"
+        )
+
+
+@triton.jit
+def rms_norm_fwd_kernel(
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, num_rows, eps, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    column = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    inside = (row < num_rows)[:, None] & (column < D)[None, :]  # [BLOCK_M, BLOCK_D]
+    offset = row[:, None] * D + column[None, :]
+
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)  # [BLOCK_M]
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)  # [BLOCK_D]
+    normal = (x * rstd[:, None]).to(y_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + offset, (normal * weight[None, :]).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
+
+
+@triton.jit
+def rms_norm_bwd_kernel(
+    grad_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr, num_rows, tiles_per_program,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    grad_weight = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+
+    for tile in range(0, tiles_per_program):
+        row = (program * tiles_per_program + tile) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        inside = (row < num_rows)[:, None] & (column < D)[None, :]  # [BLOCK_M, BLOCK_D]
+        offset = row[:, None] * D + column[None, :]
+        grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+        rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]  # [BLOCK_M, 1]
+        normal = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) * rstd
+        grad_weight += grad * normal
+        # Read again for every tile, from the cache: held in registers it makes wide rows spill.
+        weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)  # [BLOCK_D]
+        grad_normal = grad * weight[None, :]
+        along = tl.sum(grad_normal * normal, axis=1)[:, None] / D  # the part along x, which normalising removes
+        grad_x = (grad_normal - normal * along) * rstd
+        tl.store(grad_x_ptr + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+
+    tl.store(partial_ptr + program * D + column, tl.sum(grad_weight, axis=0), mask=column < D)

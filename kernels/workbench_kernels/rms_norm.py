@@ -1,0 +1,106 @@
+"""Divide every row by its root mean square."""
+
+import torch
+from torch import Tensor
+
+from workbench_kernels.tier import resolve
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Tensor:
+    """`weight * (x / sqrt(mean(x ** 2) + eps))` over the last axis.
+
+    The mean and the division are in float32 or wider; the quotient is rounded to the dtype of `x` before `weight`
+    multiplies it, as the published implementations of DeepSeek-V3 do.
+
+    Args:
+        x: [..., D].
+        weight: [D], of the dtype of `x`.
+        eps: added to the mean square.
+        impl: "auto", "reference" or "fused"; see `workbench_kernels.tier`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467, equation 4.
+    """
+    if weight.ndim != 1 or x.ndim == 0 or x.shape[-1] != weight.shape[0] or weight.shape[0] == 0:
+        raise ValueError(f"x {list(x.shape)} must be [..., D] and weight {list(weight.shape)} [D] with D > 0")
+    if x.dtype != weight.dtype or not x.is_floating_point():
+        raise ValueError(f"x ({x.dtype}) and weight ({weight.dtype}) must have one floating dtype")
+    tier = resolve("rms_norm", impl, x.device)
+    if tier == "reference":
+        return reference(x, weight, eps)
+    return _rms_norm(x, weight, eps, tier == "fused")[0]
+
+
+def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The definition, differentiated by autograd."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normal = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return weight * normal.to(x.dtype)
+
+
+def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The fast torch form: y [M, D] and 1/rms [M] of x [M, D], in few passes over the rows."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm_M = torch.linalg.vector_norm(wide, dim=1)
+    rstd_M = norm_M.square_().div_(x.shape[1]).add_(eps).rsqrt_()
+    return torch.mul(wide, rstd_M[:, None]).to(x.dtype).mul_(weight), rstd_M
+
+
+def backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """The fast torch form: both sums, over a row and over all rows, are matrix-vector products of `grad * x`."""
+    wide_grad, wide_x, wide_weight = grad.to(rstd.dtype), x.to(rstd.dtype), weight.to(rstd.dtype)
+    product_MD = wide_grad * wide_x
+    along_M = torch.mv(product_MD, wide_weight).mul_(rstd.pow(3)).div_(-x.shape[1])
+    grad_weight = torch.mv(product_MD.t(), rstd)
+    grad_x = torch.mul(wide_grad, wide_weight, out=product_MD).mul_(rstd[:, None]).addcmul_(wide_x, along_M[:, None])
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+@torch.library.custom_op("workbench_kernels::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool) -> tuple[Tensor, Tensor]:
+    rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
+    if fused:
+        from workbench_kernels.fused import rms_norm as twin
+
+        y, rstd = twin.forward(rows, weight, eps)
+    else:
+        y, rstd = forward(rows, weight, eps)
+    return y.view(x.shape), rstd
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, fused: bool) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=wide)
+
+
+@torch.library.custom_op("workbench_kernels::rms_norm_grad", mutates_args=())
+def _rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+    grad_rows, rows = (tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (grad, x))
+    if fused:
+        from workbench_kernels.fused import rms_norm as twin
+
+        grad_x, grad_weight = twin.backward(grad_rows, rows, weight.contiguous(), rstd)
+    else:
+        grad_x, grad_weight = backward(grad_rows, rows, weight, rstd)
+    return grad_x.view(x.shape), grad_weight
+
+
+@_rms_norm_grad.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs: tuple[Tensor, Tensor, float, bool], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, ctx.fused = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *_rms_norm_grad(grad, *ctx.saved_tensors, ctx.fused), None, None
+
+
+_rms_norm.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,63 @@
+"""The one rule that every kernel obeys, written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Op = Callable[..., Tensor]
+
+ODD_SIZES = (1, 60, 129)
+
+
+def assert_obeys_rule(candidate: Op, reference: Op, inputs: Sequence[Tensor]) -> None:
+    """Output and every gradient: as exact as the reference allows, and the same bits in every run.
+
+    The error against the float64 reference is at most twice that of the reference in the inputs' own dtype,
+    plus two roundings of the largest value. The second run finds NaN in all memory that it does not write.
+    """
+    grad = torch.randn_like(candidate(*inputs))
+    found = results(candidate, inputs, grad)
+    with uninitialized_memory_is_nan():
+        again = results(candidate, inputs, grad)
+    own = results(reference, inputs, grad)
+    exact = results(reference, [widened(tensor) for tensor in inputs], grad.double())
+    for index, (ours, second, theirs, truth) in enumerate(zip(found, again, own, exact, strict=True)):
+        name = "output" if index == 0 else f"gradient {index - 1}"
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, name
+        assert torch.equal(ours, second), f"{name} differs between two runs"
+        if truth.numel():
+            rounding = 2 * torch.finfo(ours.dtype).eps * largest(truth)
+            allowed = 2 * largest(theirs.double() - truth) + rounding
+            error = largest(ours.double() - truth)
+            assert error <= allowed, f"{name}: error {error:.3g} exceeds {allowed:.3g}"
+
+
+def results(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """The output of `op` and the gradient of each of its floating inputs."""
+    leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
+    output = op(*leaves)
+    output.backward(grad)
+    return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
+
+
+@contextmanager
+def uninitialized_memory_is_nan() -> Iterator[None]:
+    """Let `torch.empty` return NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

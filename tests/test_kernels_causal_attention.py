@@ -1,0 +1,96 @@
+"""causal_attention: the rule in all its forms, shared heads, queries at the end, the future by NaN."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kernel_rules import ODD_SIZES, assert_obeys_rule, results
+from torch import Tensor
+
+from workbench_kernels.causal_attention import causal_attention, flash, reference
+
+
+def make(
+    queries: int, keys: int, dtype: torch.dtype, *, heads: int = 4, groups: int = 4, width: int = 12, value: int = 8
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    shapes = (2, queries, heads, width), (2, keys, groups, width), (2, keys, groups, value)
+    query, key, values = (torch.randn(shape).to(dtype) for shape in shapes)
+    return query, key, values
+
+
+def scaled(op):
+    return lambda query, key, value: op(query, key, value, 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [*ODD_SIZES, 64])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_obeys_the_rule(size: int, groups: int, dtype: torch.dtype) -> None:
+    assert_obeys_rule(scaled(causal_attention), scaled(reference), make(size, size, dtype, groups=groups))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 60), (60, 129), (65, 66)])
+@pytest.mark.parametrize(("width", "value"), [(1, 1), (5, 16)])
+def test_obeys_the_rule_when_queries_are_the_last_positions(queries: int, keys: int, width: int, value: int) -> None:
+    inputs = make(queries, keys, torch.float32, width=width, value=value)
+    assert_obeys_rule(scaled(causal_attention), scaled(reference), inputs)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(70, 70), (7, 70)])
+@pytest.mark.parametrize(("width", "value"), [(12, 8), (8, 12)])
+def test_the_form_for_long_texts_agrees(queries: int, keys: int, width: int, value: int) -> None:
+    inputs = make(queries, keys, torch.float64, groups=2, width=width, value=value)
+    grad = torch.randn(2, queries, 4, value, dtype=torch.float64)
+    for ours, theirs in zip(results(scaled(flash), inputs, grad), results(scaled(reference), inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_long_texts_take_the_form_without_a_square_matrix() -> None:
+    inputs = make(1030, 1030, torch.float32, heads=1, groups=1, width=4, value=4)
+    torch.testing.assert_close(causal_attention(*inputs, 0.3), flash(*inputs, 0.3), rtol=0, atol=0)
+    torch.testing.assert_close(causal_attention(*inputs, 0.3), reference(*inputs, 0.3), rtol=1e-4, atol=1e-5)
+
+
+def test_a_case_by_hand() -> None:
+    query = torch.full((1, 2, 1, 1), math.log(3.0))
+    key = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+    value = torch.tensor([2.0, 6.0]).view(1, 2, 1, 1)
+    torch.testing.assert_close(causal_attention(query, key, value, 1.0).flatten(), torch.tensor([2.0, 5.0]))
+
+
+def test_the_future_is_never_read() -> None:
+    query, key, value = make(100, 100, torch.float32)
+    before = causal_attention(query, key, value, 0.3)
+    key[:, 80:], value[:, 80:] = 1e30, 1e30
+    torch.testing.assert_close(causal_attention(query, key, value, 0.3)[:, :80], before[:, :80], rtol=0, atol=0)
+
+
+def test_gradcheck_and_opcheck() -> None:
+    inputs = [x.requires_grad_() for x in make(5, 7, torch.float64, heads=2, groups=1, width=3, value=2)]
+    assert torch.autograd.gradcheck(scaled(causal_attention), inputs)
+    torch.library.opcheck(torch.ops.workbench_kernels.causal_attention.default, (*inputs, 0.3))
+
+
+def test_compiles_in_one_graph() -> None:
+    inputs = make(9, 9, torch.float32)
+    compiled = torch.compile(scaled(causal_attention), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), causal_attention(*inputs, 0.3), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q[0], k, v), "must have 4 axes each"),
+        (lambda q, k, v: (q, k[..., :3], v), r"must be \[B, T, H, K\]"),
+        (lambda q, k, v: (q, k[:, :, :3], v[:, :, :3]), "with G a divisor of H"),
+        (lambda q, k, v: (q, k[:, :4], v[:, :4]), "5 queries are more than 4 keys"),
+        (lambda q, k, v: (q, k, v.double()), "must have one floating dtype"),
+    ],
+)
+def test_bad_input_gets_one_line(change, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        causal_attention(*change(*make(5, 5, torch.float32)), 0.3)
+    assert "\n" not in str(caught.value)

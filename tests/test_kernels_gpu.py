@@ -1,0 +1,41 @@
+"""Every Triton twin on a GPU. Needs torch, triton, numpy and pytest, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_rules import ODD_SIZES, assert_obeys_rule
+from torch import Tensor
+
+from workbench_kernels import rms_norm
+from workbench_kernels.rms_norm import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA or ROCm device"),
+]
+
+
+def make(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(rows, width).to("cuda", dtype), torch.randn(width).to("cuda", dtype)
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm(x, weight, 1e-6)
+
+
+def rms_norm_definition(x: Tensor, weight: Tensor) -> Tensor:
+    return reference(x, weight, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, *ODD_SIZES, 20_000])
+@pytest.mark.parametrize("width", [*ODD_SIZES, 2048, 7168])
+def test_rms_norm_obeys_the_rule(rows: int, width: int, dtype: torch.dtype) -> None:
+    assert_obeys_rule(fused_rms_norm, rms_norm_definition, make(rows, width, dtype))
+
+
+def test_rms_norm_op_is_registered_correctly() -> None:
+    x, weight = (tensor.requires_grad_() for tensor in make(60, 129, torch.float32))
+    torch.library.opcheck(torch.ops.workbench_kernels.rms_norm.default, (x, weight, 1e-6, True))

@@ -1,0 +1,142 @@
+"""moe_mlp: the rule, experts that no token chose, routing by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kernel_rules import ODD_SIZES, assert_obeys_rule, results
+from torch import Tensor
+
+from workbench_kernels import moe_mlp
+from workbench_kernels.moe_mlp import reference
+
+
+def make(
+    tokens: int,
+    width: int,
+    hidden: int,
+    dtype: torch.dtype,
+    *,
+    experts: int = 8,
+    active: int = 2,
+    used: int | None = None,
+    weights_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens choose among the first `used` experts."""
+    torch.manual_seed(0)
+    return (
+        torch.randn(tokens, width).to(dtype),
+        (torch.randn(experts, 2 * hidden, width) / math.sqrt(width)).to(dtype),
+        (torch.randn(experts, width, hidden) / math.sqrt(hidden)).to(dtype),
+        torch.rand(tokens, used or experts).argsort(dim=1)[:, :active].contiguous(),
+        torch.rand(tokens, active).to(weights_dtype or dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", ODD_SIZES)
+@pytest.mark.parametrize(("width", "hidden"), [(1, 1), (60, 129), (64, 32)])
+def test_obeys_the_rule(tokens: int, width: int, hidden: int, dtype: torch.dtype) -> None:
+    assert_obeys_rule(moe_mlp, reference, make(tokens, width, hidden, dtype))
+
+
+@pytest.mark.parametrize("width", [15, 32])
+@pytest.mark.parametrize(("experts", "active", "used"), [(1, 1, 1), (6, 1, 1), (6, 3, 3), (6, 6, 6)])
+def test_obeys_the_rule_however_tokens_choose(experts: int, active: int, used: int, width: int) -> None:
+    inputs = make(20, width, width, torch.float32, experts=experts, active=active, used=used)
+    assert_obeys_rule(moe_mlp, reference, inputs)
+
+
+def test_obeys_the_rule_without_tokens() -> None:
+    assert_obeys_rule(moe_mlp, reference, make(0, 16, 8, torch.float32))
+
+
+def test_obeys_the_rule_with_float32_router_weights() -> None:
+    assert_obeys_rule(moe_mlp, reference, make(60, 64, 32, torch.bfloat16, weights_dtype=torch.float32))
+
+
+def test_a_case_by_hand() -> None:
+    x = torch.tensor([[1.0], [2.0]])
+    w13 = torch.tensor([[[1.0], [3.0]], [[2.0], [5.0]]])  # gate, up of two experts
+    w2 = torch.tensor([[[10.0]], [[100.0]]])
+    indices = torch.tensor([[1, 0], [0, 1]])
+    weights = torch.tensor([[0.25, 0.5], [1.0, 0.0]])
+
+    def silu(value: float) -> float:
+        return value / (1 + math.exp(-value))
+
+    first = 0.25 * silu(2) * 5 * 100 + 0.5 * silu(1) * 3 * 10
+    second = silu(2) * 6 * 10
+    torch.testing.assert_close(moe_mlp(x, w13, w2, indices, weights), torch.tensor([[first], [second]]))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("width", [5, 16])
+def test_gradients_of_an_unchosen_expert_are_exactly_zero(width: int, impl: str) -> None:
+    x, w13, w2, indices, weights = make(12, width, width, torch.float32, experts=4, used=3)
+    w13[3] = w2[3] = float("nan")
+    inputs = (x, w13, w2, indices, weights)
+    _, grad_x, grad_w13, grad_w2, _ = results(
+        lambda *tensors: moe_mlp(*tensors, impl=impl), inputs, torch.ones(12, width)
+    )
+    assert torch.equal(grad_w13[3], torch.zeros_like(grad_w13[3]))
+    assert torch.equal(grad_w2[3], torch.zeros_like(grad_w2[3]))
+    assert grad_x.isfinite().all()
+
+
+def test_takes_any_strides() -> None:
+    x, w13, w2, indices, weights = make(12, 16, 8, torch.float32)
+    expected = results(reference, (x, w13, w2, indices, weights), torch.ones(12, 16))
+    strided = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in (x, w13, w2, indices, weights)]
+    torch.testing.assert_close(results(moe_mlp, strided, torch.ones(1, 1).expand(12, 16)), expected)
+
+
+def test_gradients_by_finite_differences() -> None:
+    x, w13, w2, indices, weights = make(5, 4, 3, torch.float64, experts=3)
+    inputs = tuple(tensor.requires_grad_() for tensor in (x, w13, w2, weights))
+    assert torch.autograd.gradcheck(lambda a, b, c, d: moe_mlp(a, b, c, indices, d), inputs)
+
+
+@pytest.mark.parametrize("width", [5, 16])
+def test_op_is_registered_correctly(width: int) -> None:
+    x, w13, w2, indices, weights = make(6, width, width, torch.float32, experts=4)
+    inputs = tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in (x, w13, w2, indices, weights))
+    torch.library.opcheck(torch.ops.workbench_kernels.moe_mlp.default, inputs)
+
+
+def test_compiles_as_one_graph() -> None:
+    inputs = make(12, 16, 8, torch.float32)
+    grad = torch.randn(12, 16)
+    compiled = torch.compile(moe_mlp, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(results(compiled, inputs, grad), results(moe_mlp, inputs, grad), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3)}, "x has 1 axes"),
+        ({"x": torch.zeros(3, 5)}, r"x \[3, 5\]"),
+        ({"w13": torch.zeros(2, 6, 4)}, r"w13 \[2, 6, 4\]"),
+        ({"w2": torch.zeros(2, 4, 4, dtype=torch.float64)}, "one floating dtype"),
+        ({"indices": torch.zeros(3, 2, dtype=torch.int32)}, "must be int64"),
+        ({"indices": torch.zeros(2, 2, dtype=torch.int64)}, r"\[3, A\]"),
+        ({"indices": torch.full((3, 2), 2)}, r"indices span 2\.\.2 and must lie in 0\.\.1"),
+        ({"indices": torch.full((3, 2), -1)}, r"indices span -1\.\.-1"),
+        ({"weights": torch.zeros(3, 3)}, r"weights \(torch.float32 \[3, 3\]\)"),
+        ({"weights": torch.zeros(3, 2, dtype=torch.float64)}, "float64"),
+        ({"impl": "fused"}, "moe_mlp has no fused tier yet"),
+    ],
+)
+def test_refuses(change: dict, message: str) -> None:
+    arguments = {
+        "x": torch.zeros(3, 4),
+        "w13": torch.zeros(2, 8, 4),
+        "w2": torch.zeros(2, 4, 4),
+        "indices": torch.zeros(3, 2, dtype=torch.int64),
+        "weights": torch.zeros(3, 2),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        moe_mlp(**arguments)

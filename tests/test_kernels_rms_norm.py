@@ -1,0 +1,89 @@
+"""rms_norm on the CPU: the rule, a case by hand, what it refuses. The twin is tested in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_rules import ODD_SIZES, assert_obeys_rule, results
+from torch import Tensor
+
+from workbench_kernels import rms_norm
+from workbench_kernels.rms_norm import reference
+
+EPS = 1e-6
+
+
+def make(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(*shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+
+
+def auto(x: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm(x, weight, EPS)
+
+
+def definition(x: Tensor, weight: Tensor) -> Tensor:
+    return reference(x, weight, EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [0, *ODD_SIZES])
+@pytest.mark.parametrize("width", [*ODD_SIZES, 256])
+def test_obeys_the_rule(rows: int, width: int, dtype: torch.dtype) -> None:
+    assert_obeys_rule(auto, definition, make(rows, width, dtype=dtype))
+
+
+def test_takes_any_axes_and_strides() -> None:
+    x, weight = make(2, 3, 4, 16, dtype=torch.float32)
+    grad = torch.ones(1, 1, 1, 1)
+    expected = results(definition, (x.transpose(1, 2), weight), grad.expand(2, 4, 3, 16))
+    found = results(auto, (x.transpose(1, 2), torch.stack([weight, weight], -1)[:, 0]), grad.expand(2, 4, 3, 16))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_case_by_hand() -> None:
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    weight = torch.tensor([1.0, -2.0])
+    root = 12.5**0.5
+    expected = torch.tensor([[3.0 / root, -8.0 / root], [0.0, 0.0]])
+    torch.testing.assert_close(rms_norm(x, weight, 1e-12), expected)
+
+
+def test_input_is_left_alone() -> None:
+    x, weight = make(3, 8, dtype=torch.float32)
+    before = x.clone()
+    auto(x, weight)
+    assert torch.equal(x, before)
+
+
+def test_gradients_by_finite_differences() -> None:
+    x, weight = make(3, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(auto, (x.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_op_is_registered_correctly(dtype: torch.dtype) -> None:
+    x, weight = (tensor.requires_grad_() for tensor in make(2, 3, 16, dtype=dtype))
+    torch.library.opcheck(torch.ops.workbench_kernels.rms_norm.default, (x, weight, EPS, False))
+
+
+def test_compiles_as_one_graph() -> None:
+    inputs = make(4, 16, dtype=torch.float32)
+    grad = torch.randn(4, 16)
+    compiled = torch.compile(auto, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(results(compiled, inputs, grad), results(auto, inputs, grad), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(3)}, r"x \[2, 4\] must be \[\.\.\., D\]"),
+        ({"weight": torch.ones(4, dtype=torch.float64)}, "one floating dtype"),
+        ({"x": torch.ones(2, 4, dtype=torch.int64), "weight": torch.ones(4, dtype=torch.int64)}, "one floating dtype"),
+        ({"impl": "triton"}, "'auto', 'reference' or 'fused'"),
+        ({"impl": "fused"}, "only with TRITON_INTERPRET=1"),
+    ],
+)
+def test_refuses(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rms_norm(**{"x": torch.ones(2, 4), "weight": torch.ones(4), "eps": EPS, **change})

@@ -1,0 +1,1 @@
+"""The lecture: one idea of the architecture per file, each readable alone."""

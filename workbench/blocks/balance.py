@@ -1,0 +1,59 @@
+"""Keeping experts equally busy: an auxiliary loss per batch or per sequence, or a bias update without any loss."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.blocks.router import Routing
+
+
+def batch_balance_loss(routing: Routing) -> Float[Tensor, ""]:
+    """E * sum over experts of (share of choices) * (mean normalised score), over all tokens together.
+
+    Exactly 1 at perfect balance, whatever the number of experts, choices and tokens. Scores are normalised over all
+    experts first, so that sigmoid scores count like probabilities. Shares carry no gradient.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.2.3, equation 23 without its coefficient.
+    """
+    return sequence_balance_loss(routing, num_sequences=1)
+
+
+def sequence_balance_loss(routing: Routing, num_sequences: int) -> Float[Tensor, ""]:
+    """The same product computed within each sequence, then averaged over sequences.
+
+    The N tokens of `routing` are `num_sequences` sequences of equal length. We count the choices that the router made;
+    the paper's text counts the best unbiased scores, without groups.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2, equations 17 to 20 without their coefficient.
+    """
+    num_experts = routing.scores.shape[-1]
+    shares_BE = choice_counts(routing.indices.unflatten(0, (num_sequences, -1)), num_experts).to(routing.scores.dtype)
+    shares_BE = shares_BE / shares_BE.sum(-1, keepdim=True)
+    normalised_NE = routing.scores / routing.scores.sum(-1, keepdim=True)
+    mean_scores_BE = normalised_NE.unflatten(0, (num_sequences, -1)).mean(1)
+    return num_experts * (shares_BE * mean_scores_BE).sum(-1).mean()
+
+
+def choice_counts(indices: Int[Tensor, "B T A"], num_experts: int) -> Int[Tensor, "B E"]:
+    """How often each expert was chosen within each sequence."""
+    flat_BX = indices.flatten(1)
+    counts_BE = torch.zeros(flat_BX.shape[0], num_experts, dtype=torch.int64, device=flat_BX.device)
+    return counts_BE.scatter_add_(1, flat_BX, torch.ones_like(flat_BX))
+
+
+@torch.no_grad()
+def updated_bias(
+    bias: Float[Tensor, " E"], load: Int[Tensor, " E"], *, speed: float, centred: bool = False
+) -> Float[Tensor, " E"]:
+    """The selection bias after one batch: up by `speed` for every underloaded expert, down for every overloaded one.
+
+    `load` counts choices over the whole batch (all accumulation steps, all devices). `centred` subtracts the mean of
+    the move, which keeps the bias from drifting and changes no choice; DeepSeek's text has the plain form.
+
+    Source: Wang et al., arXiv 2408.15664, algorithm 1.
+    """
+    wide = load.to(bias.dtype)
+    move_E = torch.sign(wide.mean() - wide) * speed
+    return bias + (move_E - move_E.mean() if centred else move_E)

@@ -1,0 +1,87 @@
+"""What a decoder keeps of the past, per layer: tensors allocated once, filled from the left."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Rotated keys and values of every key/value head: 2 G K numbers per token.
+
+    Raises:
+        ValueError: more tokens are appended than `max_length`.
+    """
+
+    def __init__(
+        self, batch_size: int, max_length: int, *, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (batch_size, max_length, num_heads, head_dim)
+        self.key = torch.zeros(shape, dtype=dtype, device=device)
+        self.value = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(
+        self, key: Float[Tensor, "B T G K"], value: Float[Tensor, "B T G K"]
+    ) -> tuple[Float[Tensor, "B S G K"], Float[Tensor, "B S G K"]]:
+        """Store the keys and values of the next T tokens; returns those of all tokens so far."""
+        end = _room_for(key, self.key, self.length)
+        self.key[:, self.length : end] = key
+        self.value[:, self.length : end] = value
+        self.length = end
+        return self.key[:, :end], self.value[:, :end]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors occupy."""
+        return self.key.nbytes + self.value.nbytes
+
+
+class LatentCache:
+    """The normed latent and the rotated key shared by all heads: C + R numbers per token.
+
+    Raises:
+        ValueError: more tokens are appended than `max_length`.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.3.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.latent = torch.zeros(batch_size, max_length, kv_lora_rank, dtype=dtype, device=device)
+        self.key_rope = torch.zeros(batch_size, max_length, qk_rope_head_dim, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(
+        self, latent: Float[Tensor, "B T C"], key_rope: Float[Tensor, "B T R"]
+    ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"]]:
+        """Store latent and shared key of the next T tokens; returns those of all tokens so far."""
+        end = _room_for(latent, self.latent, self.length)
+        self.latent[:, self.length : end] = latent
+        self.key_rope[:, self.length : end] = key_rope
+        self.length = end
+        return self.latent[:, :end], self.key_rope[:, :end]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors occupy."""
+        return self.latent.nbytes + self.key_rope.nbytes
+
+
+def _room_for(new: Tensor, kept: Tensor, length: int) -> int:
+    """The length after appending `new` along axis 1."""
+    end = length + new.shape[1]
+    if end > kept.shape[1]:
+        raise ValueError(f"the cache holds max_length={kept.shape[1]} tokens; {length} are kept and {new.shape[1]} more came")
+    if new.shape[0] != kept.shape[0]:
+        raise ValueError(f"the cache was made for batch_size={kept.shape[0]}, not {new.shape[0]}")
+    return end

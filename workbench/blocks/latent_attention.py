@@ -1,0 +1,132 @@
+"""Multi-head latent attention (MLA): keys and values of all heads rebuilt from one narrow latent per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from workbench.blocks.cache import LatentCache
+from workbench.blocks.norm import RMSNorm
+from workbench.blocks.rope import Rotation
+from workbench_kernels.causal_attention import causal_attention, visible
+
+
+class LatentQuery(NamedTuple):
+    """The two parts of every query head: one matched against content, one against position."""
+
+    nope: Float[Tensor, "B T H K"]
+    rope: Float[Tensor, "B T H R"]
+
+
+class LatentAttention(nn.Module):
+    """Causal attention whose cache holds the latent and one shared positional key instead of keys and values.
+
+    `q_lora_rank=None` leaves queries uncompressed. The softmax scale belongs to the decompressed width
+    (qk_nope_head_dim + qk_rope_head_dim), in the absorbed form as well.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        *,
+        q_lora_rank: int | None,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        softmax_scale: float,
+        rotate: Callable[[Tensor, Rotation], Tensor],
+    ) -> None:
+        super().__init__()
+        self.num_attention_heads = num_attention_heads
+        self.query_widths = (qk_nope_head_dim, qk_rope_head_dim)
+        self.latent_widths = (kv_lora_rank, qk_rope_head_dim)
+        self.v_head_dim = v_head_dim
+        self.softmax_scale = softmax_scale
+        self.rotate = rotate
+        query_width = num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(q_lora_rank)
+            self.q_b_proj = nn.Linear(q_lora_rank, query_width, bias=False)
+        self.compresses_query = q_lora_rank is not None
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(kv_lora_rank)
+        self.kv_b_proj = nn.Linear(kv_lora_rank, num_attention_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], turn: Rotation, cache: LatentCache | None = None
+    ) -> Float[Tensor, "B T D"]:
+        query = self.query(x, turn)
+        latent_BSC, key_rope_BSR = self.latent(x, turn)
+        if cache is not None:
+            latent_BSC, key_rope_BSR = cache.append(latent_BSC, key_rope_BSR)
+        # A single new token is cheaper to match against the latents than to decompress the whole past for.
+        attend = absorbed_attention if latent_BSC.shape[1] > x.shape[1] == 1 else naive_attention
+        up_HXC = self.kv_b_proj.weight.unflatten(0, (self.num_attention_heads, -1))
+        mixed_BTHU = attend(query, latent_BSC, key_rope_BSR, up_HXC, scale=self.softmax_scale)
+        return self.o_proj(mixed_BTHU.flatten(-2))
+
+    def query(self, x: Float[Tensor, "B T D"], turn: Rotation) -> LatentQuery:
+        """The queries of the T tokens, their positional part rotated."""
+        flat = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_query else self.q_proj(x)
+        nope_BTHK, rope_BTHR = flat.unflatten(-1, (self.num_attention_heads, -1)).split(self.query_widths, dim=-1)
+        return LatentQuery(nope_BTHK, self.rotate(rope_BTHR, turn))
+
+    def latent(
+        self, x: Float[Tensor, "B T D"], turn: Rotation
+    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B T R"]]:
+        """What the cache keeps of the T tokens: the normed latent and the rotated key shared by all heads."""
+        latent_BTC, key_rope_BTR = self.kv_a_proj_with_mqa(x).split(self.latent_widths, dim=-1)
+        return self.kv_a_layernorm(latent_BTC), self.rotate(key_rope_BTR.unsqueeze(2), turn).squeeze(2)
+
+
+def naive_attention(
+    query: LatentQuery,
+    latent: Float[Tensor, "B S C"],
+    key_rope: Float[Tensor, "B S R"],
+    up: Float[Tensor, "H X C"],
+    *,
+    scale: float,
+) -> Float[Tensor, "B T H U"]:
+    """Decompress every head's keys and values from the latent, then attend. `up` holds, per head, K key rows, U value rows."""
+    key_width = query.nope.shape[-1]
+    key_value_BSHX = (latent @ up.flatten(0, 1).mT).unflatten(-1, up.shape[:2])
+    key_nope_BSHK, value_BSHU = key_value_BSHX.split((key_width, up.shape[1] - key_width), dim=-1)
+    shared_BSHR = key_rope.unsqueeze(2).expand(-1, -1, up.shape[0], -1)
+    query_BTHK = torch.cat((query.nope, query.rope), dim=-1)
+    return causal_attention(query_BTHK, torch.cat((key_nope_BSHK, shared_BSHR), dim=-1), value_BSHU, scale)
+
+
+def absorbed_attention(
+    query: LatentQuery,
+    latent: Float[Tensor, "B S C"],
+    key_rope: Float[Tensor, "B S R"],
+    up: Float[Tensor, "H X C"],
+    *,
+    scale: float,
+) -> Float[Tensor, "B T H U"]:
+    """The same attention without decompressing: the up-projections move over to the query and to the mixed latent.
+
+    All heads then read one shared key/value of width C + R, as in multi-query attention.
+    """
+    key_width = query.nope.shape[-1]
+    up_key_HKC, up_value_HUC = up.split((key_width, up.shape[1] - key_width), dim=1)
+    query_BTHC = torch.einsum("bthk,hkc->bthc", query.nope, up_key_HKC)
+    scores_BHTS = torch.einsum("bthc,bsc->bhts", query_BTHC, latent)
+    scores_BHTS = (scores_BHTS + torch.einsum("bthr,bsr->bhts", query.rope, key_rope)) * scale
+    visible_TS = visible(query_BTHC.shape[1], latent.shape[1], latent.device)
+    statistics = torch.promote_types(scores_BHTS.dtype, torch.float32)
+    weights_BHTS = scores_BHTS.masked_fill(~visible_TS, -torch.inf).softmax(-1, dtype=statistics).to(latent.dtype)
+    mixed_BTHC = torch.einsum("bhts,bsc->bthc", weights_BHTS, latent)
+    return torch.einsum("bthc,huc->bthu", mixed_BTHC, up_value_HUC)

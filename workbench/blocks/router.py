@@ -1,0 +1,93 @@
+"""The router: which experts a token visits, and with what weight."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """One layer's choice for N tokens: `scores` are unbiased, `load` counts the tokens that chose each expert."""
+
+    indices: Int[Tensor, "N A"]
+    weights: Float[Tensor, "N A"]
+    scores: Float[Tensor, "N E"]
+    load: Int[Tensor, " E"]
+
+
+class Router(nn.Module):
+    """Choose `num_experts_per_tok` of `n_routed_experts` experts for every token.
+
+    The selection bias moves the choice and never the mixture: weights come from the unbiased scores. It is a buffer
+    that stays float32 or wider and takes no gradient; `balance.updated_bias` moves it. With groups, a token first
+    keeps `topk_group` of `n_group` groups: those with the best two experts (`group_score="top2"`, V3) or the best
+    single one (`"max"`, V2). All of this is computed in float32 or wider.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2; DeepSeek-V2, arXiv 2405.04434, section 2.2.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        n_routed_experts: int,
+        *,
+        num_experts_per_tok: int,
+        scoring_func: Literal["softmax", "sigmoid"],
+        n_group: int,
+        topk_group: int,
+        group_score: Literal["max", "top2"],
+        norm_topk_prob: bool,
+        routed_scaling_factor: float,
+    ) -> None:
+        super().__init__()
+        self.num_experts_per_tok = num_experts_per_tok
+        self.score = torch.sigmoid if scoring_func == "sigmoid" else _softmax_over_experts
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.experts_per_group_score = 2 if group_score == "top2" else 1
+        self.norm_topk_prob = norm_topk_prob
+        self.routed_scaling_factor = routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.empty(n_routed_experts, dtype=torch.float32))
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Routing:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scores_NE = self.score(F.linear(x.to(wide), self.weight.to(wide)))
+        indices_NA = self.choose(scores_NE.detach() + self.e_score_correction_bias)
+        weights_NA = scores_NE.gather(1, indices_NA)
+        if self.norm_topk_prob:
+            weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
+        load_E = torch.bincount(indices_NA.flatten(), minlength=scores_NE.shape[1])
+        return Routing(indices_NA, weights_NA * self.routed_scaling_factor, scores_NE, load_E)
+
+    def choose(self, biased_scores: Float[Tensor, "N E"]) -> Int[Tensor, "N A"]:
+        """The best experts by biased score within the best groups."""
+        if self.topk_group < self.n_group:
+            biased_scores = self.mask_groups(biased_scores)
+        return biased_scores.topk(self.num_experts_per_tok, dim=-1).indices
+
+    def mask_groups(self, biased_scores: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+        """Set the scores outside each token's best groups to minus infinity: a biased score may be below 0."""
+        grouped = biased_scores.unflatten(-1, (self.n_group, -1))
+        group_scores = grouped.topk(self.experts_per_group_score, dim=-1).values.sum(-1)
+        kept = group_scores.topk(self.topk_group, dim=-1).indices
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, kept, False)
+        return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(-2)
+
+    def _apply(self, fn, recurse=True):  # noqa: ANN001
+        """Keep the bias at float32 or wider when the module is cast."""
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype in (torch.bfloat16, torch.float16):
+            self.e_score_correction_bias = before.to(self.e_score_correction_bias.device)
+        return self
+
+
+def _softmax_over_experts(logits: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+    return logits.softmax(-1)

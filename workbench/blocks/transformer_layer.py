@@ -1,0 +1,45 @@
+"""One layer: attention, then feed-forward, each read through a norm and added to the residual stream."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from workbench.blocks.cache import KeyValueCache, LatentCache
+from workbench.blocks.mixture_of_experts import MixtureOfExperts
+from workbench.blocks.norm import RMSNorm
+from workbench.blocks.rope import Rotation
+from workbench.blocks.router import Routing
+
+
+class LayerOutput(NamedTuple):
+    """The residual stream after a layer, and how its mixture routed (None without experts)."""
+
+    hidden: Float[Tensor, "B T D"]
+    routing: Routing | None
+
+
+class TransformerLayer(nn.Module):
+    """hidden + attention(norm(hidden)), then that + feed_forward(norm(that)).
+
+    Source: Xiong et al., arXiv 2002.04745 (norm before the sub-layer).
+    """
+
+    def __init__(self, hidden_size: int, *, attention: nn.Module, feed_forward: nn.Module, eps: float) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(hidden_size, eps=eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(hidden_size, eps=eps)
+        self.mlp = feed_forward
+
+    def forward(
+        self, hidden: Float[Tensor, "B T D"], turn: Rotation, cache: KeyValueCache | LatentCache | None = None
+    ) -> LayerOutput:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), turn, cache)
+        normed_BTD = self.post_attention_layernorm(hidden)
+        if isinstance(self.mlp, MixtureOfExperts):
+            mixture = self.mlp(normed_BTD)
+            return LayerOutput(hidden + mixture.hidden, mixture.routing)
+        return LayerOutput(hidden + self.mlp(normed_BTD), None)

@@ -1,0 +1,154 @@
+"""Starting and resuming runs: one trainer per process."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import platform
+import threading
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workbench.live.run import Run
+from workbench.model.decoder import Decoder
+from workbench.record import LIVE_STATES, Controls, RunWriter, Tail, checkpoint, validate_name
+from workbench.record.database import connect, read_meta
+from workbench.text import Text, load
+from workbench.train.events import Change
+from workbench.train.memory import refuse_what_cannot_fit
+from workbench.train.recipes import Recipe
+from workbench.train.state import TrainState
+
+# How long a process that ends waits for its run to finish a step and save.
+_EXIT_SECONDS = 60.0
+
+_lock = threading.RLock()
+_runs: list[Run] = []
+
+
+def start(recipe: Recipe, folder: str | Path, *, paused: bool = False, text: Text | None = None) -> Run:
+    """Train `recipe` in the background and record it in the new `folder`; a run of this process is stopped first.
+
+    Returns as soon as the text is loaded, which takes seconds once it is cached (`text`: none at all, if it was loaded
+    before). Mistakes in the recipe's text are so told here and not by a run that fails. With `paused` the run waits
+    before it does anything. When the process ends, the run is stopped with a checkpoint.
+
+    Raises:
+        ValueError: the folder exists or its name is not allowed, the recipe cannot fit into memory, or its text cannot
+            be read.
+    """
+    folder = Path(folder).absolute()
+    validate_name(folder.parent, folder.name)
+    with _lock:
+        stop_running("another run was started")
+        refuse_what_cannot_fit(recipe)
+        text = load(recipe.text, recipe.tokenizer) if text is None else text
+        experts = recipe.model.expert_layers()
+        writer = RunWriter.create(
+            folder,
+            recipe_json=recipe.to_json(),
+            seed=recipe.seed,
+            total_steps=recipe.steps,
+            text_fingerprint=text.fingerprint,
+            layer_names=[name for name, _ in experts],
+            num_experts=max((layer.n_routed_experts for _, layer in experts), default=0),
+            hardware=hardware(recipe),
+        )
+        return hold(Run(writer, recipe, text, None, paused=paused))
+
+
+def resume(
+    folder: str | Path,
+    *,
+    change: Change | None = None,
+    steps: int | None = None,
+    paused: bool = False,
+    text: Text | None = None,
+    take_over: bool = False,
+) -> Run:
+    """Continue the run in `folder` from its newest checkpoint, exactly as if it had never stopped.
+
+    What was recorded after that checkpoint is dropped and made again, without the controls that were given meanwhile.
+    `change` applies from the first step on. `steps` is a new total, which moves the rest of the schedule; it is
+    recorded. `take_over` seizes the folder of a process on another machine, which must surely have ended.
+
+    Raises:
+        ValueError: not a run folder; it is being trained elsewhere; it has no intact checkpoint or no step left; its
+            text reads differently from when it was started; the saved state does not fit the recipe.
+    """
+    folder = Path(folder).absolute()
+    with _lock:
+        stop_running("another run was resumed")
+        before = Tail(folder).snapshot()
+        if before.status in LIVE_STATES and not take_over:
+            raise ValueError(f"{folder.name} is {before.status}, written by another trainer; stop that first")
+        recipe = Recipe.from_json((folder / "recipe.json").read_text())
+        recipe = replace(recipe, steps=before.total_steps if steps is None else steps)
+        refuse_what_cannot_fit(recipe)
+        step, tensors, values = checkpoint.load(folder)
+        if step >= recipe.steps:
+            raise ValueError(f"{folder.name} has made {step} of {recipe.steps} steps; pass a larger `steps` to go on")
+        text = load(recipe.text, recipe.tokenizer) if text is None else text
+        refuse_other_text(folder, text)
+        state = TrainState.from_parts(recipe, tensors, values)
+        writer = RunWriter.reopen(
+            folder, step, total_steps=recipe.steps, hardware=hardware(recipe), take_over=take_over
+        )
+        if change is not None:
+            Controls(folder).set(learning_rate=change.learning_rate, balance_speed=change.balance_speed)
+        return hold(Run(writer, recipe, text, state, paused=paused))
+
+
+def decoder(folder: str | Path, step: int | None = None) -> Decoder:
+    """The model of a run's newest checkpoint, or of that of `step`, in the weights' full precision.
+
+    Raises:
+        ValueError: not a run folder, or no such checkpoint, or it is damaged.
+    """
+    folder = Path(folder)
+    Tail(folder)
+    recipe = replace(Recipe.from_json((folder / "recipe.json").read_text()), dtype="float32")
+    _, tensors, values = checkpoint.load(folder, step)
+    return TrainState.from_parts(recipe, tensors, values).decoder.eval()
+
+
+def hold(run: Run) -> Run:
+    """Make `run` the one that the next `start`, `resume` or end of the process stops."""
+    if not _runs:
+        atexit.register(stop_running, "its process ended", timeout=_EXIT_SECONDS)
+    _runs[:] = [run]
+    return run
+
+
+def stop_running(reason: str, timeout: float | None = None) -> None:
+    """Stop the run of this process, if there is one that has not ended, and wait for it."""
+    for run in _runs:
+        run.halt(reason, timeout)
+
+
+def refuse_other_text(folder: Path, text: Text) -> None:
+    """Raise `ValueError`, in one line, unless `text` is what the run in `folder` was started on."""
+    with closing(connect(folder, "ro")) as connection:
+        recorded = read_meta(connection).text_fingerprint
+    if text.fingerprint == recorded:
+        return
+    python = json.loads((folder / "environment.json").read_bytes())["python"]["version"]
+    raise ValueError(
+        f"{folder.name} was trained on the text {recorded[:12]} and {', '.join(text.names)} now read as "
+        f"{text.fingerprint[:12]}: documents, split or tokenizer have changed "
+        f"(recorded with Python {python}, this is {platform.python_version()})"
+    )
+
+
+def hardware(recipe: Recipe) -> dict[str, Any]:
+    """What of this process and its devices a result may depend on."""
+    return {
+        "device": recipe.device,
+        "gpu": torch.cuda.get_device_name(recipe.device) if recipe.device.startswith("cuda") else None,
+        "num_threads": torch.get_num_threads() if recipe.num_threads is None else recipe.num_threads,
+        "total_steps": recipe.steps,
+    }

@@ -1,0 +1,1 @@
+"""Configurations, the decoder, counts and generation."""

@@ -1,0 +1,1 @@
+"""Losses, optimizer, schedules, the training loop as a generator of events, recipes."""

@@ -1,0 +1,212 @@
+"""The training loop: a generator of events that neither logs, draws nor touches a file."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workbench.blocks.balance import updated_bias
+from workbench.blocks.router import Router
+from workbench.model.decoder import DecoderOutput
+from workbench.text import Batch, Batches, Text, load
+from workbench.train.evaluate import examine, prepare_examination
+from workbench.train.events import Change, Checkpoint, Event, Spike, Step
+from workbench.train.losses import LossTerms, loss_terms
+from workbench.train.memory import refuse_what_cannot_fit
+from workbench.train.recipes import AuxiliaryLoss, LossFreeBias, Recipe
+from workbench.train.spikes import SpikeDetector
+from workbench.train.state import TrainState
+
+
+def train(
+    recipe: Recipe, state: TrainState | None = None, text: Text | None = None
+) -> Generator[Event, Change | None, None]:
+    """Run `recipe` from `state` (default: fresh) and tell what happens.
+
+    Every update yields a `Step`, then as they fall due a `Spike`, an `Evaluation` and a `Checkpoint` of the same step.
+    A fresh run begins with an `Evaluation` of step 0. `.send(change)` in the place of `next()` changes the learning
+    rate or the balance speed from the next update on: the schedule goes on from the new learning rate in proportion.
+
+    Raises:
+        ValueError: the recipe cannot fit into memory, or the text's vocabulary differs from the model's.
+        FloatingPointError: a loss or gradient norm is not finite; a training loss that is not stops before the update.
+    """
+    refuse_what_cannot_fit(recipe)
+    text = load(recipe.text, recipe.tokenizer) if text is None else text
+    if text.tokenizer.vocab_size != recipe.model.vocab_size:
+        raise ValueError(
+            f"the model's vocab_size={recipe.model.vocab_size} must be the tokenizer's {text.tokenizer.vocab_size}"
+        )
+    if recipe.num_threads is not None:
+        torch.set_num_threads(recipe.num_threads)
+    state = TrainState(recipe) if state is None else state
+    exam = prepare_examination(recipe, text)
+    batches = text.batches(recipe.seed, recipe.batch_size, recipe.sequence_length, recipe.lookahead)
+    spikes = SpikeDetector(state.recent_losses)
+    if state.step == 0:
+        apply_change((yield examine(state.decoder, exam, recipe, 0)), state)
+    while state.step < recipe.steps:
+        event = update(recipe, state, batches, text.tokenizer.byte_lengths)
+        threshold, loss = spikes.threshold(), event.losses_nats["next_token"]
+        spikes.add(loss)
+        state.recent_losses = list(spikes.recent)
+        step, last = state.step, state.step == recipe.steps
+        apply_change((yield event), state)
+        if loss > threshold:
+            apply_change((yield Spike(step=step, loss_nats=loss, threshold_nats=threshold)), state)
+        if step % recipe.evaluate_every == 0 or last:
+            apply_change((yield examine(state.decoder, exam, recipe, step)), state)
+        if step % recipe.checkpoint_every == 0 or last:
+            apply_change((yield Checkpoint(step=step, state=state)), state)
+
+
+def apply_change(change: Change | None, state: TrainState) -> None:
+    """Take over what the consumer sent; it holds from the next update on."""
+    if change is None:
+        return
+    if change.learning_rate is not None:
+        state.learning_rate_anchor = (state.step + 1, change.learning_rate)
+    if change.balance_speed is not None:
+        state.balance_speed = change.balance_speed
+
+
+def learning_rate(recipe: Recipe, state: TrainState, step: int) -> float:
+    """The learning rate of update `step`: the schedule, rescaled to pass through the last change if there was one."""
+    factor = recipe.schedule.factor(step, recipe.steps)
+    if state.learning_rate_anchor is None:
+        return recipe.optimizer.learning_rate * factor
+    since, value = state.learning_rate_anchor
+    at_change = recipe.schedule.factor(since, recipe.steps)
+    return value * (factor / at_change) if at_change > 0 else value
+
+
+def update(recipe: Recipe, state: TrainState, batches: Batches, byte_lengths: np.ndarray) -> Step:
+    """One optimizer update over `accumulation_steps` batches; advances `state` and reports it."""
+    began = time.perf_counter()
+    step = state.step + 1
+    for parameter in state.master.values():
+        parameter.grad = None
+    summed: dict[str, float] = {}
+    load_LE: Tensor | None = None
+    total, num_bytes = 0.0, 0
+    for part in range(recipe.accumulation_steps):
+        batch = batches.batch(state.step * recipe.accumulation_steps + part)
+        terms, output = forward(recipe, state, batch)
+        objective = weigh(terms, recipe) / recipe.accumulation_steps
+        require_finite(float(objective.detach()), "loss", step)
+        objective.backward()
+        gather_gradients(state)
+        total += float(objective.detach())
+        for name, value in terms.named().items():
+            summed[name] = summed.get(name, 0.0) + value / recipe.accumulation_steps
+        loads = stacked_loads(output)
+        load_LE = loads if load_LE is None else load_LE + loads
+        num_bytes += int(byte_lengths[batch.tokens[:, 1 : recipe.sequence_length + 1]].sum())
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(list(state.master.values()), recipe.optimizer.max_grad_norm))
+    require_finite(grad_norm, "gradient norm", step)
+    rate = learning_rate(recipe, state, step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    state.copy_master_to_decoder()
+    assert load_LE is not None
+    bias_LE = move_biases(recipe, state, load_LE)
+    state.step = step
+    state.tokens_seen += recipe.tokens_per_step
+    return Step(
+        step=step,
+        tokens_seen=state.tokens_seen,
+        epochs=batches.epochs(step * recipe.accumulation_steps),
+        losses_nats=summed,
+        total_loss_nats=total,
+        nats_per_byte=summed["next_token"] * recipe.tokens_per_step / max(1, num_bytes),
+        learning_rate=rate,
+        balance_speed=state.balance_speed,
+        grad_norm=grad_norm,
+        layer_names=tuple(name for name, _ in recipe.model.expert_layers()),
+        load_LE=load_LE.to(torch.int32).cpu().numpy(),
+        bias_LE=bias_LE.cpu().numpy(),
+        step_ms=(time.perf_counter() - began) * 1000,
+    )
+
+
+def forward(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[LossTerms, DecoderOutput]:
+    """The loss terms of one batch, and the pass that gave them."""
+    length = recipe.sequence_length
+    tokens = torch.from_numpy(batch.tokens).to(recipe.device)
+    documents = torch.from_numpy(batch.documents).to(recipe.device)
+    output = state.decoder(tokens[:, :length], lookahead=tokens[:, length : length + recipe.lookahead - 1])
+    return loss_terms(output, tokens, documents, balance_per=balance_per(recipe)), output
+
+
+def balance_per(recipe: Recipe) -> int | None:
+    """Over how many sequences the balance loss is judged; None: no such loss."""
+    match recipe.balance:
+        case AuxiliaryLoss(per="batch"):
+            return 1
+        case AuxiliaryLoss():
+            return recipe.batch_size
+        case LossFreeBias(sequence_coefficient=coefficient) if coefficient > 0:
+            return recipe.batch_size
+        case _:
+            return None
+
+
+def weigh(terms: LossTerms, recipe: Recipe) -> Tensor:
+    """The objective: next token + mtp_weight / M x sum of depths + coefficient x balance + z_weight x z.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, equation 25 (the mean over depths).
+    """
+    objective = terms.next_token + recipe.z_weight * terms.z
+    if terms.mtp:
+        objective = objective + recipe.mtp_weight * torch.stack(terms.mtp).mean()
+    match recipe.balance:
+        case AuxiliaryLoss(coefficient=coefficient) | LossFreeBias(sequence_coefficient=coefficient):
+            objective = objective + coefficient * terms.balance
+    return objective
+
+
+def require_finite(value: float, what: str, step: int) -> None:
+    """Stop before the update when `value` is not a finite number."""
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {what} of step {step} is {value}; the update was not made")
+
+
+@torch.no_grad()
+def gather_gradients(state: TrainState) -> None:
+    """Add the computing weights' gradients to the float32 ones, where the two differ."""
+    for name, parameter in state.decoder.named_parameters():
+        master = state.master[name]
+        if parameter is not master and parameter.grad is not None:
+            wide = parameter.grad.to(master.dtype)
+            master.grad = wide if master.grad is None else master.grad.add_(wide)
+            parameter.grad = None
+
+
+def stacked_loads(output: DecoderOutput) -> Tensor:
+    """Choices per expert layer and expert [L, E]; layers with fewer experts are filled up with zeros."""
+    loads = [routing.load for routing in output.routing if routing is not None]
+    if not loads:
+        return torch.zeros(0, 0, dtype=torch.int64)
+    return torch.nn.utils.rnn.pad_sequence(loads, batch_first=True)
+
+
+def move_biases(recipe: Recipe, state: TrainState, load_LE: Tensor) -> Tensor:
+    """Update every router's selection bias by its load of this step; returns them all [L, E]."""
+    routers = [module for module in state.decoder.modules() if isinstance(module, Router)]
+    if not routers:
+        return torch.zeros(0, 0)
+    for router, load_E in zip(routers, load_LE, strict=True):
+        bias = router.e_score_correction_bias
+        if isinstance(recipe.balance, LossFreeBias) and state.balance_speed > 0:
+            moved = updated_bias(
+                bias, load_E[: len(bias)], speed=state.balance_speed, centred=recipe.balance.centred
+            )
+            bias.copy_(moved)
+    biases = [router.e_score_correction_bias for router in routers]
+    return torch.nn.utils.rnn.pad_sequence(biases, batch_first=True)

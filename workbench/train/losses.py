@@ -1,0 +1,81 @@
+"""The terms of the training objective, each returned by itself before anything is weighted."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.blocks.balance import sequence_balance_loss
+from workbench.model.decoder import DecoderOutput
+
+
+class LossTerms(NamedTuple):
+    """Unweighted terms, in nats.
+
+    `mtp[k-1]` is the mean cross-entropy of depth k over the positions whose target lies in the same document.
+    `balance` is the sum over expert layers of a balance loss that is 1 at perfect balance (0 when none is asked for).
+    """
+
+    next_token: Float[Tensor, ""]
+    mtp: tuple[Float[Tensor, ""], ...]
+    balance: Float[Tensor, ""]
+    z: Float[Tensor, ""]
+
+    def named(self) -> dict[str, float]:
+        """The values as plain numbers: `next_token`, `mtp_1`.., `balance`, `z`."""
+        mtp = {f"mtp_{depth}": loss for depth, loss in enumerate(self.mtp, start=1)}
+        terms = {"next_token": self.next_token, **mtp, "balance": self.balance, "z": self.z}
+        return {name: float(term.detach()) for name, term in terms.items()}
+
+
+def loss_terms(
+    output: DecoderOutput,
+    tokens: Int[Tensor, "B _"],
+    documents: Int[Tensor, "B _"],
+    *,
+    balance_per: int | None,
+) -> LossTerms:
+    """All terms for T positions, of which `tokens` and `documents` hold 1 + M more (M: prediction depths).
+
+    `balance_per`: the number of sequences that balance is judged over: 1 the whole batch at once, B each sequence by
+    itself; None leaves the term at 0. The z term is the mean squared log-partition of the next-token logits.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.2 (MTP); PaLM, arXiv 2204.02311, section 5 (z).
+    """
+    length = output.logits.shape[1]
+    logits_NV = output.logits.flatten(0, 1).to(torch.promote_types(output.logits.dtype, torch.float32))
+    partition_N = logits_NV.logsumexp(-1)
+    picked_N = logits_NV.gather(1, tokens[:, 1 : length + 1].reshape(-1, 1)).squeeze(1)
+    mtp = tuple(
+        mtp_loss(logits_BTV, tokens, documents, depth) for depth, logits_BTV in enumerate(output.mtp_logits, start=1)
+    )
+    balance = torch.zeros((), device=tokens.device)
+    if balance_per is not None:
+        for routing in output.routing:
+            if routing is not None:
+                balance = balance + sequence_balance_loss(routing, balance_per)
+    return LossTerms((partition_N - picked_N).mean(), mtp, balance, partition_N.square().mean())
+
+
+def mtp_loss(
+    logits: Float[Tensor, "B T V"], tokens: Int[Tensor, "B _"], documents: Int[Tensor, "B _"], depth: int
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the token `depth` + 1 ahead, over positions that stay within their document."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    losses_BT = F.cross_entropy(logits.to(wide).mT, mtp_targets(tokens, logits.shape[1], depth), reduction="none")
+    inside_BT = mtp_inside(documents, logits.shape[1], depth)
+    return (losses_BT * inside_BT).sum() / inside_BT.sum().clamp(min=1)
+
+
+def mtp_targets(tokens: Int[Tensor, "B _"], length: int, depth: int) -> Int[Tensor, "B T"]:
+    """What depth `depth` predicts at each of `length` positions."""
+    return tokens[:, depth + 1 : depth + 1 + length]
+
+
+def mtp_inside(documents: Int[Tensor, "B _"], length: int, depth: int) -> Tensor:
+    """True where position and target belong to the same document: packed documents do not leak across borders."""
+    return mtp_targets(documents, length, depth) == documents[:, :length]

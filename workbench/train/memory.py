@@ -1,0 +1,71 @@
+"""How much memory a recipe will need, before it is started."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from workbench.model.config import GroupedQueryAttention, LatentAttention, LayerConfig, MixtureOfExperts
+from workbench.model.count import parameters
+from workbench.train.recipes import Recipe
+
+
+def estimate_bytes(recipe: Recipe) -> int:
+    """Weights, gradients and moments exactly; activations by counting what each block keeps for its backward.
+
+    An estimate: allocator waste and temporary results come on top, so a run that barely fits by it may still fail.
+    """
+    count = parameters(recipe.model)
+    compute_bytes = 2 if recipe.dtype == "bfloat16" else 4
+    copies = 0 if recipe.dtype == "float32" else 2 * compute_bytes
+    weights = (count.total + count.mtp) * (4 * 4 + copies)
+    layers = (*recipe.model.layers, *recipe.model.mtp_layers)
+    per_token = sum(kept_numbers_per_token(layer, recipe.model.hidden_size) for layer in layers) * compute_bytes
+    logits = 3 * 4 * recipe.model.vocab_size * recipe.lookahead
+    return weights + recipe.sequence_length * recipe.batch_size * (per_token + logits)
+
+
+def kept_numbers_per_token(layer: LayerConfig, hidden_size: int) -> int:
+    """Numbers that the backward of one layer needs per token."""
+    attention = layer.attention
+    match attention:
+        case LatentAttention():
+            heads = attention.num_attention_heads
+            key = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+            inside = heads * (3 * key + 3 * attention.v_head_dim) + 2 * attention.kv_lora_rank
+            inside += 2 * (attention.q_lora_rank or 0)
+        case GroupedQueryAttention():
+            inside = attention.head_dim * (3 * attention.num_attention_heads + 4 * attention.num_key_value_heads)
+    feed_forward = layer.feed_forward
+    if isinstance(feed_forward, MixtureOfExperts):
+        routed = feed_forward.num_experts_per_tok * (4 * feed_forward.moe_intermediate_size + 2 * hidden_size)
+        shared = feed_forward.n_shared_experts * 4 * feed_forward.moe_intermediate_size
+        wide = routed + shared + 3 * feed_forward.n_routed_experts
+    else:
+        wide = 4 * feed_forward.intermediate_size
+    return inside + wide + 6 * hidden_size
+
+
+def available_bytes(device: str) -> int:
+    """Memory that a new process could take now: of the GPU, or of the machine (what Linux calls available)."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    raise ValueError("this system does not say how much memory it has")
+
+
+def refuse_what_cannot_fit(recipe: Recipe) -> None:
+    """Raise `ValueError`, in one line, when the recipe needs more memory than there is."""
+    needed, available = estimate_bytes(recipe), available_bytes(recipe.device)
+    if needed > available:
+        raise ValueError(
+            f"{recipe.name} needs about {needed / 1e9:.1f} GB on {recipe.device}, {available / 1e9:.1f} GB are free;"
+            " make batch_size, sequence_length or the model smaller"
+        )

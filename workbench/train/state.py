@@ -1,0 +1,114 @@
+"""Everything a run needs to go on exactly as if it had never stopped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from workbench.model.decoder import Decoder
+from workbench.train.optimizer import build_optimizer
+from workbench.train.recipes import LossFreeBias, Recipe
+
+
+class TrainState:
+    """Model, optimizer moments, counters and what was changed on the way.
+
+    The data position is `step` itself: batches are a pure function of it. Training draws no random numbers after the
+    initial weights, so there is no generator to keep. `learning_rate_anchor` is the last change (its step and value).
+    With a bfloat16 recipe `decoder` computes and `master` holds the float32 weights that the optimizer moves.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        devices = [recipe.device] if recipe.device.startswith("cuda") else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(recipe.seed)
+            self.decoder = Decoder(recipe.model).to(recipe.device)
+        self.master = dict(self.decoder.named_parameters())
+        if recipe.dtype == "bfloat16":
+            self.master = {name: nn.Parameter(p.detach().clone()) for name, p in self.master.items()}
+            self.decoder.to(torch.bfloat16)
+        self.optimizer = build_optimizer(recipe.optimizer, self.master)
+        self.step = 0
+        self.tokens_seen = 0
+        self.learning_rate_anchor: tuple[int, float] | None = None
+        self.balance_speed = recipe.balance.speed if isinstance(recipe.balance, LossFreeBias) else 0.0
+        self.recent_losses: list[float] = []
+
+    def parts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and plain values that `from_parts` builds an equal state from; the tensors are not copied."""
+        tensors = {f"parameter.{name}": p.detach() for name, p in self.master.items()}
+        tensors |= {f"buffer.{name}": b for name, b in self.decoder.named_buffers()}
+        for name, parameter in self.master.items():
+            moments = self.optimizer.state.get(parameter)
+            if moments:
+                tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+        values = {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "learning_rate_anchor": list(self.learning_rate_anchor) if self.learning_rate_anchor else None,
+            "balance_speed": self.balance_speed,
+            "recent_losses": list(self.recent_losses),
+        }
+        return tensors, values
+
+    @classmethod
+    def from_parts(cls, recipe: Recipe, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> TrainState:
+        """The state that `parts` described.
+
+        Raises:
+            ValueError: an entry is missing, unknown, or has another shape than the recipe's model gives it.
+        """
+        state = cls(recipe)
+        _require_equal_keys(state.parts()[1].keys(), values.keys(), "value")
+        if values["step"] > 0:
+            state.allocate_moments()
+        wanted_tensors, _ = state.parts()
+        _require_equal_keys(wanted_tensors.keys(), tensors.keys(), "tensor")
+        with torch.no_grad():
+            for name, tensor in wanted_tensors.items():
+                if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
+                    raise ValueError(
+                        f"saved tensor {name} is {_describe(tensors[name])}; this recipe needs {_describe(tensor)}"
+                    )
+                tensor.copy_(tensors[name])
+        state.copy_master_to_decoder()
+        state.step = values["step"]
+        state.tokens_seen = values["tokens_seen"]
+        anchor = values["learning_rate_anchor"]
+        state.learning_rate_anchor = None if anchor is None else (anchor[0], anchor[1])
+        state.balance_speed = values["balance_speed"]
+        state.recent_losses = list(values["recent_losses"])
+        for parameter in state.master.values():
+            if parameter in state.optimizer.state:
+                state.optimizer.state[parameter]["step"].fill_(state.step)
+        return state
+
+    def allocate_moments(self) -> None:
+        """Give every parameter zero moments, as the first update would."""
+        for parameter in self.master.values():
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    @torch.no_grad()
+    def copy_master_to_decoder(self) -> None:
+        """Bring the computing weights up to date with the float32 ones, where the two differ."""
+        for name, parameter in self.decoder.named_parameters():
+            if parameter is not self.master[name]:
+                parameter.copy_(self.master[name])
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _require_equal_keys(wanted: Any, given: Any, kind: str) -> None:
+    missing, extra = sorted(wanted - given), sorted(given - wanted)
+    if missing:
+        raise ValueError(f"the saved state lacks {kind} {missing[0]!r} ({len(missing)} missing)")
+    if extra:
+        raise ValueError(f"the saved state has {kind} {extra[0]!r}, which this recipe does not know ({len(extra)} extra)")
