@@ -6,6 +6,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 BENCHMARKS := $(wildcard tests/benchmarks/*.py)
 
+# Idle threads of torch's pool then sleep, where they would otherwise take the cores from a browser or another run
+# (measured: a step beside one busy process took 40 times as long). No result depends on it.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: help setup lab tour test check bench clean
 .DEFAULT_GOAL := help
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
+
+# Before torch is imported: see the Makefile.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 

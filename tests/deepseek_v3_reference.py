@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -55,7 +57,7 @@ def reference_config(config: ModelConfig) -> DeepseekV3Config:
     )
 
 
-def reference_with_weights_of(decoder: Decoder) -> DeepseekV3ForCausalLM:
+def reference_with_weights_of(decoder: Decoder) -> Any:
     """The reference model holding exactly the weights and selection biases of `decoder`."""
     peer = DeepseekV3ForCausalLM(reference_config(decoder.config))
     ours = decoder.state_dict()

@@ -23,6 +23,14 @@ def text(tmp_path_factory) -> Text:
     return load(CORPORA, cache_dir=tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def decoder(seed: int = 0) -> Decoder:
     torch.manual_seed(seed)
     return Decoder(tiny_recipe().model)
@@ -50,7 +58,7 @@ def test_loads_of_one_document_by_hand(text):
 
 def test_loads_are_the_counts_of_the_choices_and_repeat(text):
     model = decoder()
-    routing, again = (document_routing(model, text, documents_per_corpus=5) for _ in range(2))
+    routing, again = (document_routing(model, text, documents_per_corpus=3) for _ in range(2))
     for row, name in enumerate(routing.layer_names):
         counts_E = np.bincount(routing.indices[name].ravel(), minlength=8)
         np.testing.assert_array_equal(counts_E, routing.load.sum(0)[row])
@@ -61,7 +69,9 @@ def test_loads_are_the_counts_of_the_choices_and_repeat(text):
 
 def test_untrained_routers_tell_digits_from_letters(text):
     # The two tasks share hardly a byte, so that even random routers send them to different experts.
-    report = specialization_report({seed: document_routing(decoder(seed), text) for seed in range(3)})
+    report = specialization_report(
+        {seed: document_routing(decoder(seed), text, documents_per_corpus=8) for seed in range(3)}
+    )
     assert report.above, report.verdict
 
 

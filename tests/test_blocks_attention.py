@@ -58,6 +58,7 @@ def new_cache(block: torch.nn.Module, length: int) -> KeyValueCache | LatentCach
     place = {"dtype": torch.float64, "device": CPU}
     if isinstance(block, LatentAttention):
         return LatentCache(2, length, kv_lora_rank=7, qk_rope_head_dim=4, **place)
+    assert isinstance(block, GroupedQueryAttention)
     return KeyValueCache(2, length, num_heads=block.k_proj.out_features // 6, head_dim=6, **place)
 
 

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from workbench.blocks.rope import frequencies, rotate_halves, rotate_interleaved, rotation, yarn_frequencies, yarn_mscale
+from workbench.blocks.rope import (
+    frequencies,
+    rotate_halves,
+    rotate_interleaved,
+    rotation,
+    yarn_frequencies,
+    yarn_mscale,
+)
 
 CPU = torch.device("cpu")
 LAYOUTS = [rotate_interleaved, rotate_halves]

@@ -120,7 +120,9 @@ def test_balance_loss_by_hand() -> None:
     routing = Routing(torch.tensor([[0], [0]]), torch.ones(2, 1), scores, torch.tensor([2, 0]))
     assert float(batch_balance_loss(routing)) == pytest.approx(2 * 1.0 * 0.75)
     # One sequence per expert: balanced over the batch, not within a sequence.
-    split = Routing(torch.tensor([[0], [1]]), torch.ones(2, 1), torch.tensor([[0.9, 0.1], [0.1, 0.9]]), torch.ones(2).long())
+    split = Routing(
+        torch.tensor([[0], [1]]), torch.ones(2, 1), torch.tensor([[0.9, 0.1], [0.1, 0.9]]), torch.ones(2).long()
+    )
     assert float(batch_balance_loss(split)) == pytest.approx(1.0)
     assert float(sequence_balance_loss(split, 2)) == pytest.approx(1.8)
 

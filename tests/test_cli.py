@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from workbench.cli import app
 from workbench.train import recipes
+from workbench.train.optimizer import AdamW
 from workbench.train.recipes import Recipe
 
 COMMANDS = ["lab", "run", "tour", "train", "doctor", "normalize", "runs", "runs list", "runs rename", "runs delete"]
@@ -29,14 +31,18 @@ def notebook(path: Path, *sources: str) -> Path:
     return path
 
 
-def tiny() -> "Recipe":
-    return tiny_recipe()
-
-
 @pytest.fixture
-def tiny_is_a_recipe(monkeypatch: pytest.MonkeyPatch):
-    tiny.__annotations__["return"] = "Recipe"
-    monkeypatch.setattr(recipes, "tiny", tiny, raising=False)
+def give_recipe(monkeypatch: pytest.MonkeyPatch):
+    """Makes the tiny recipe, changed as asked, one of the recipes that the command knows."""
+
+    def give(**changes: object) -> None:
+        def tiny() -> Recipe:
+            return tiny_recipe(**changes)
+
+        tiny.__annotations__["return"] = "Recipe"  # as written in a file with postponed annotations
+        monkeypatch.setattr(recipes, "tiny", tiny, raising=False)
+
+    return give
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -103,8 +109,8 @@ def test_normalize_mends_and_checks(tmp_path: Path):
     assert path.read_text() != before
 
 
-@pytest.mark.usefixtures("tiny_is_a_recipe")
-def test_train_and_then_list_rename_delete(tmp_path: Path):
+def test_train_and_then_list_rename_delete(tmp_path: Path, give_recipe: Callable[..., None]):
+    give_recipe()
     root = tmp_path / "runs"
     result = call("train", "tiny", "--folder", str(root / "first"), "-s", "3")
     assert result.exit_code == 0, result.output
@@ -122,6 +128,14 @@ def test_train_and_then_list_rename_delete(tmp_path: Path):
     assert again.exit_code == 2 and len(again.stderr.splitlines()) == 1
     assert call("runs", "delete", "second", *at).exit_code == 0
     assert list(root.iterdir()) == []
+
+
+def test_a_failed_run_is_one_line(tmp_path: Path, give_recipe: Callable[..., None]):
+    give_recipe(optimizer=AdamW(learning_rate=1e30))
+    result = call("train", "tiny", "--folder", str(tmp_path / "first"))
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("workbench: the run failed: ") and "the update was not made" in line
 
 
 def test_an_interrupt_stops_training_with_a_checkpoint(tmp_path: Path):

@@ -15,9 +15,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" width="200" height="80"><rect width="200" height="80" fill="#c00"/></svg>'
 )
-ATTACK = (
-    "<script>window.pwned = 1</script><img src=data:, onerror='window.pwned = 1'></script><svg onload='window.pwned = 1'>"
-)
+PWN = "window.pwned = 1"
+ATTACK = f"<script>{PWN}</script><img src=data:, onerror='{PWN}'></p><svg onload='{PWN}'>"
 FIGURE = {"data": [{"type": "bar", "x": ["a", ATTACK], "y": [1, 2]}], "layout": {"title": {"text": ATTACK}}}
 
 

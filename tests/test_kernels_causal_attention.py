@@ -44,7 +44,9 @@ def test_obeys_the_rule_when_queries_are_the_last_positions(queries: int, keys: 
 def test_the_form_for_long_texts_agrees(queries: int, keys: int, width: int, value: int) -> None:
     inputs = make(queries, keys, torch.float64, groups=2, width=width, value=value)
     grad = torch.randn(2, queries, 4, value, dtype=torch.float64)
-    for ours, theirs in zip(results(scaled(flash), inputs, grad), results(scaled(reference), inputs, grad), strict=True):
+    for ours, theirs in zip(
+        results(scaled(flash), inputs, grad), results(scaled(reference), inputs, grad), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -91,6 +93,7 @@ def test_compiles_in_one_graph() -> None:
     ],
 )
 def test_bad_input_gets_one_line(change, message: str) -> None:
+    query, key, value = change(*make(5, 5, torch.float32))
     with pytest.raises(ValueError, match=message) as caught:
-        causal_attention(*change(*make(5, 5, torch.float32)), 0.3)
+        causal_attention(query, key, value, 0.3)
     assert "\n" not in str(caught.value)

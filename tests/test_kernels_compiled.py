@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -33,8 +35,6 @@ def test_rms_norm_compiles_without_spills(case: Case, architecture: str) -> None
 
 
 def test_the_gate_sees_a_spill() -> None:
-    """Twice the widest tile in a quarter of the threads cannot fit the registers."""
-    widest = rms_norm.cases()[-1]
-    too_wide = Case("too wide", widest.kernel, widest.arguments, {"D": 16_384, "BLOCK_M": 1, "BLOCK_D": 16_384}, 4)
-    assert compile_case(too_wide, "sm_90").spills > 0
-    assert compile_case(too_wide, "gfx942").spills > 0
+    """The widest forward tile in one warp cannot fit the registers."""
+    widest = rms_norm.cases()[-2]
+    assert compile_case(replace(widest, num_warps=1), "sm_90").spills > 0

@@ -33,6 +33,11 @@ def test_obeys_the_rule(rows: int, width: int, dtype: torch.dtype) -> None:
     assert_obeys_rule(auto, definition, make(rows, width, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_obeys_the_rule_over_many_rows(dtype: torch.dtype) -> None:
+    assert_obeys_rule(auto, definition, make(20_000, 60, dtype=dtype))
+
+
 def test_takes_any_axes_and_strides() -> None:
     x, weight = make(2, 3, 4, 16, dtype=torch.float32)
     grad = torch.ones(1, 1, 1, 1)

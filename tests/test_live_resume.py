@@ -26,7 +26,7 @@ from workbench.train.recipes import Recipe
 from workbench.train.state import TrainState
 
 PATIENCE = 120.0
-SAVED, KILLED, TOTAL = 20, 25, 75
+SAVED, KILLED, TOTAL = 15, 18, 66
 
 
 def recipe(**changes: object) -> Recipe:
@@ -211,7 +211,7 @@ def test_the_decoder_of_a_run_is_that_of_its_newest_checkpoint(killed):
 
 def test_a_run_that_trains_elsewhere_is_refused(orphan, text):
     holder = (
-        "import sys; from workbench.record import RunWriter; w = RunWriter.reopen(sys.argv[1], 20); "
+        "import sys; from workbench.record import RunWriter; w = RunWriter.reopen(sys.argv[1], 15); "
         "w.status('running'); print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -55,7 +55,9 @@ MODELS = {
         hidden_size=24,
         layers=(
             LayerConfig(
-                replace(LATENT, rope=Rope(yarn=Yarn(factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0))),
+                replace(
+                    LATENT, rope=Rope(yarn=Yarn(factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0))
+                ),
                 SPARSE,
             ),
         ),

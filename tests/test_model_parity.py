@@ -39,7 +39,11 @@ def v3(attention: LatentAttention, experts: MixtureOfExperts) -> ModelConfig:
     dense = LayerConfig(attention, DenseFeedForward(intermediate_size=61))
     sparse = LayerConfig(attention, experts)
     return ModelConfig(
-        vocab_size=97, hidden_size=48, layers=(dense, sparse, sparse), max_position_embeddings=192, initializer_range=0.2
+        vocab_size=97,
+        hidden_size=48,
+        layers=(dense, sparse, sparse),
+        max_position_embeddings=192,
+        initializer_range=0.2,
     )
 
 

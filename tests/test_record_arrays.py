@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def test_a_segment_holds_what_was_written_and_no_temporary_is_left(folder: Path)
     segment = arrays.write_segment(folder, rows)
     assert segment == Segment(7, 56, "steps-000000007-000000056.parquet")
     assert_rows_equal(arrays.read_rows(folder, segment), rows)
-    assert_rows_equal(arrays.read_rows(folder, segment).until(20), rows.until(20))
+    assert_rows_equal(arrays.read_rows(folder, segment, (1, 20)).where(rows.steps <= 20), rows.where(rows.steps <= 20))
     assert [path.name for path in (folder / "arrays").iterdir()] == [segment.file]
 
 
@@ -99,7 +101,7 @@ def test_compaction_keeps_every_value(folder: Path, monkeypatch: pytest.MonkeyPa
         Rows(*(np.concatenate(p) for p in zip(*((r.steps, r.load, r.bias) for r in read), strict=True))), every
     )
     # One row group is read for one step.
-    one = arrays.read_rows(folder, merged[0], step=120)
+    one = arrays.read_rows(folder, merged[0], (120, 120))
     assert 120 in one.steps and len(one.steps) < 200
     assert arrays.plan_compaction(folder, merged, 12) == []
 
@@ -164,7 +166,12 @@ def test_a_lost_segment_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
     snapshot = tail.snapshot()
     assert (snapshot.step, snapshot.load_step) == (120, 100)
     np.testing.assert_array_equal(snapshot.load_LE, load_SLE[99])
-    for ask in (lambda: tail.load_at(110), lambda: record.loads_between(tmp_path / "run")):
+    asks: list[Callable[[], object]] = [
+        lambda: tail.load_at(110),
+        lambda: record.loads_between(tmp_path / "run"),
+        lambda: record.query(tmp_path / "run", "SELECT max(load[1]) FROM arrays"),
+    ]
+    for ask in asks:
         with pytest.raises(ValueError, match=r"steps 101\.\.120 are lost"):
             ask()
     np.testing.assert_array_equal(tail.load_at(50), load_SLE[49])
@@ -187,18 +194,19 @@ def test_a_segment_replaced_while_it_is_read_is_looked_up_anew(tmp_path: Path, m
         writer.write(step_event(step, load_SLE[0], np.zeros((3, 4))))
         writer.flush()
 
-    def read_late(folder: Path, segment: Segment, step: int | None = None) -> Rows:
-        replace_partial_segment()
-        return read_rows(folder, segment, step)
+    def late(function: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*arguments: Any) -> Any:
+            replace_partial_segment()
+            return function(*arguments)
 
-    def answer_late(*asked: Any) -> Any:
-        replace_partial_segment()
-        return answer(*asked)
+        return act
 
-    monkeypatch.setattr(arrays, "read_rows", read_late)
+    monkeypatch.setattr(arrays, "read_rows", late(read_rows))
     np.testing.assert_array_equal(record.Tail(tmp_path / "run").load_at(7), load_SLE[6])
-    monkeypatch.setattr(queries, "_answer", answer_late)
+    monkeypatch.setattr(queries, "read_rows", late(read_rows))
     assert len(record.loads_between(tmp_path / "run").steps) == 12
+    monkeypatch.setattr(queries, "_answer", late(answer))
+    assert len(record.query(tmp_path / "run", "SELECT step FROM arrays")) == 13
     writer.close()
 
 
@@ -217,14 +225,14 @@ def test_a_reader_beside_the_writer_sees_whole_commits_only(tmp_path: Path) -> N
             loads += [(step, tail.load_at(step)) for step in (1, snapshot.step // 2) if step and snapshot.load_step]
             wrong.extend(step for step, load in loads if step and not (load == load_SLE[0] + step - 1).all())
 
-    reader = threading.Thread(target=read_along)
-    reader.start()
-    for step in range(2, 161):
-        writer.write(step_event(step, load_SLE[0] + step - 1, np.zeros((3, 4))))
-        writer.flush()
-    writer.close()
-    ended.set()
-    reader.join()
+    with ThreadPoolExecutor() as threads:
+        reader = threads.submit(read_along)
+        for step in range(2, 161):
+            writer.write(step_event(step, load_SLE[0] + step - 1, np.zeros((3, 4))))
+            writer.flush()
+        writer.close()
+        ended.set()
+        reader.result()
     assert wrong == []
 
 

@@ -152,8 +152,13 @@ def test_distance_accuracy_by_hand(text: Text) -> None:
     floors = text.floors(batches, T, max_distance=3)
     for distance in (1, 2, 3):
         guess = text._counting_model.pairs(distance).best_guess
-        rows = [row[: T + 1] for batch in batches for row in batch.tokens]
-        right = [guess[row[i]] == row[i + distance] for row in rows for i in range(T + 1 - distance)]
+        rows = [pair for batch in batches for pair in zip(batch.tokens, batch.documents, strict=True)]
+        right = [
+            guess[row[i]] == row[i + distance]
+            for row, document in rows
+            for i in range(T + 1 - distance)
+            if document[i] == document[i + distance]
+        ]
         assert floors.distance_accuracy[distance] == pytest.approx(np.mean(right))
     assert list(floors.distance_accuracy) == [1, 2, 3]
     assert floors.distance_accuracy[1] > 0.15

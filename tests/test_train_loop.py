@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +16,11 @@ from workbench.train.recipes import AuxiliaryLoss, LossFreeBias, NoBalance, Reci
 from workbench.train.state import TrainState
 
 
-def steps_of(events: list[Event]) -> list[Step]:
+def steps_of(events: Sequence[Event]) -> list[Step]:
     return [event for event in events if isinstance(event, Step)]
 
 
-def losses_of(events: list[Event]) -> list[dict[str, float]]:
+def losses_of(events: Sequence[Event]) -> list[dict[str, float]]:
     return [dict(step.losses_nats) for step in steps_of(events)]
 
 
@@ -95,7 +96,9 @@ def test_a_change_holds_from_the_next_update_on() -> None:
     assert [s.learning_rate for s in told[:3]] == [s.learning_rate for s in plain[:3]]
     assert told[3].learning_rate == 1e-4 and told[3].balance_speed == 0.5
     # The schedule goes on in proportion.
-    assert told[5].learning_rate / told[3].learning_rate == pytest.approx(plain[5].learning_rate / plain[3].learning_rate)
+    assert told[5].learning_rate / told[3].learning_rate == pytest.approx(
+        plain[5].learning_rate / plain[3].learning_rate
+    )
     assert np.abs(told[3].bias_LE - told[2].bias_LE).max() == pytest.approx(0.5)
     assert losses_of(told[:4]) == losses_of(plain[:4]) and losses_of(told) != losses_of(plain)
 
@@ -175,7 +178,7 @@ def test_balancing_balances(seed: int) -> None:
 
     def late_loads(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
         steps = steps_of(list(train(recipe)))
-        return sum(step.load_LE.astype(float) for step in steps[-20:]), steps[-1].bias_LE
+        return np.sum([step.load_LE for step in steps[-20:]], axis=0), steps[-1].bias_LE
 
     recipe = tiny_recipe(steps=150, seed=seed, evaluate_every=150, checkpoint_every=150)
     free, no_bias = late_loads(replace(recipe, balance=NoBalance()))

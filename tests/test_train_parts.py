@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tiny import tiny_recipe
 from torch import nn
 
+from workbench.blocks.router import Router
 from workbench.model.config import MixtureOfExperts
 from workbench.model.decoder import Decoder, DecoderOutput
 from workbench.train import memory
@@ -55,8 +56,8 @@ def test_the_balance_term_reaches_the_router() -> None:
     terms = loss_terms(output, tokens, torch.zeros_like(tokens), balance_per=4)
     assert float(terms.balance.detach()) >= len(recipe.model.expert_layers())
     terms.balance.backward()
-    gate = decoder.layers[1].mlp.gate
-    assert gate.weight.grad is not None and float(gate.weight.grad.abs().sum()) > 0
+    gates = [module.weight.grad for module in decoder.modules() if isinstance(module, Router)]
+    assert all(gradient is not None and float(gradient.abs().sum()) > 0 for gradient in gates)
 
 
 def test_cosine_schedule() -> None:
@@ -77,12 +78,18 @@ def test_warmup_stable_decay_schedule() -> None:
     ("make", "message"),
     [
         (lambda: WarmupCosine(warmup_steps=-1), "warmup_steps=-1 must be 0 or more"),
-        (lambda: WarmupStableDecay(warmup_steps=1, decay_steps=1, final_fraction=2.0), "final_fraction=2.0 must lie in 0..1"),
+        (
+            lambda: WarmupStableDecay(warmup_steps=1, decay_steps=1, final_fraction=2.0),
+            "final_fraction=2.0 must lie in 0..1",
+        ),
         (lambda: AdamW(learning_rate=0.0), "learning_rate=0.0 must be a positive finite number"),
         (lambda: AdamW(learning_rate=1e-3, beta2=1.0), "beta2=1.0 must lie in"),
         (lambda: AuxiliaryLoss(coefficient=0.0), "NoBalance leaves it out"),
         (lambda: LossFreeBias(speed=-1.0), "speed=-1.0 must be 0 or"),
-        (lambda: tiny_recipe(sequence_length=129), r"sequence_length=129 must lie in 1..128 \(max_position_embeddings\)"),
+        (
+            lambda: tiny_recipe(sequence_length=129),
+            r"sequence_length=129 must lie in 1..128 \(max_position_embeddings\)",
+        ),
         (lambda: tiny_recipe(steps=0), "steps=0 must be a whole number above 0"),
         (lambda: tiny_recipe(seed=-1), "seed=-1 must be"),
     ],
@@ -147,6 +154,13 @@ def test_loss_free_balance_needs_a_selection_bias() -> None:
     model = replace(recipe.model, layers=(recipe.model.layers[0], greedy), mtp_layers=())
     with pytest.raises(ValueError, match="LossFreeBias needs topk_method='noaux_tc'; layer 1 has 'greedy'"):
         replace(recipe, model=model)
+
+
+def test_layers_of_different_numbers_of_experts_are_refused() -> None:
+    model = tiny_recipe().model
+    wide = replace(model.layers[1], feed_forward=replace(model.layers[1].feed_forward, n_routed_experts=16))
+    with pytest.raises(ValueError, match=r"expert layers of \[8, 16\] experts: all must have one number"):
+        tiny_recipe(model=replace(model, layers=(*model.layers, wide)))
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:

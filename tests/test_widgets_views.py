@@ -176,7 +176,7 @@ def test_cache_shows_the_table_of_the_analysis() -> None:
         kv_lora_rank=16,
     )
     for line in chart.lines:
-        rows = table[table["kind"] == line.name]
+        rows = table.query("kind == @line.name")
         assert [line.y[0], line.y[-1]] == list(rows["bytes"])
         assert tokens.values[tokens.names.index(line.name)] == rows["bytes_per_token"].iloc[0]
     assert [line.name for line in chart.lines] == ["MHA", "GQA", "MQA", "MLA"]

@@ -73,6 +73,8 @@ def main(context: typer.Context) -> None:
 
     Example: workbench lab
     """
+    # Idle threads of torch's pool then sleep and leave the cores to a browser or another run; kernels inherit it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -128,7 +130,7 @@ def tour(
     Example: workbench tour --fast
     """
     notebook = _tour()
-    given = {"fast": fast, "live": False, "out_dir": str((folder / "runs").resolve())}
+    given = {"fast": fast, "live": False, "out_dir": str(folder / "runs")}
     typer.echo("running the tour" + ("" if fast else "; this takes some minutes"), err=True)
     _run(notebook, folder / "00_tour.ipynb", given, report=True)
 
@@ -320,7 +322,7 @@ def _follow(training: Run) -> Snapshot:
     """Print every evaluation as it comes; returns when the run has ended."""
     told = 0
     while True:
-        now = training.wait_for(lambda snapshot, told=told: len(snapshot.evaluations) > told)
+        now = training.wait_for(lambda snapshot, told=told: snapshot.ended or len(snapshot.evaluations) > told)
         for evaluation in now.evaluations[told:]:
             typer.echo(
                 f"step {evaluation.step:>6} of {now.total_steps}   validation {evaluation.nats_per_byte:.3f} nats/byte"

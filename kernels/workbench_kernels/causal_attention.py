@@ -1,8 +1,10 @@
 """Softmax attention that sees no future.
 
-Letters: B sequences, T queries, S keys, H query heads, G key/value heads, K key width, U value width.
+Letters: B sequences, T queries, S keys, H query heads, G key/value heads, K key width, U value width,
+X = B * H.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -76,7 +78,13 @@ class Block(NamedTuple):
     last: int
     seen: int
     offset: int
-    size: int
+    num_heads: int
+
+    def weights(self, kept: Tensor, num_sequences: int) -> Tensor:
+        """This block's part of the buffer, [X, rows, seen]."""
+        shape = (num_sequences * self.num_heads, self.last - self.first, self.seen)
+        first = num_sequences * self.offset
+        return kept[first : first + math.prod(shape)].view(shape)
 
 
 def blocks(num_queries: int, num_keys: int, num_heads: int) -> Iterator[Block]:
@@ -85,43 +93,37 @@ def blocks(num_queries: int, num_keys: int, num_heads: int) -> Iterator[Block]:
     for first in range(0, num_queries, _BLOCK_ROWS):
         last = min(first + _BLOCK_ROWS, num_queries)
         seen = num_keys - num_queries + last
-        size = num_heads * (last - first) * seen
-        yield Block(first, last, seen, offset, size)
-        offset += size
+        yield Block(first, last, seen, offset, num_heads)
+        offset += num_heads * (last - first) * seen
 
 
 def _kept_size(num_queries: int, num_keys: int, num_heads: int) -> int:
-    return sum(block.size for block in blocks(num_queries, num_keys, num_heads))
+    """Weights of all blocks of one sequence."""
+    return sum(num_heads * (b.last - b.first) * b.seen for b in blocks(num_queries, num_keys, num_heads))
 
 
 @torch.library.custom_op("workbench_kernels::causal_attention", mutates_args=(), device_types="cpu")
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the output and, for backward, the weights of every sequence's blocks one after the other.
-
-    One sequence and block at a time: its scores stay in the processor's cache.
-    """
+    """Return the output and, for backward, the weights of all blocks one after the other."""
     num_sequences, num_queries, num_heads, _ = query.shape
-    group_size = num_heads // key.shape[2]
-    out = value.new_empty(num_sequences, num_queries, num_heads, value.shape[-1])
-    kept = query.new_empty(num_sequences, _kept_size(num_queries, key.shape[1], num_heads))
+    query_XTK, key_XSK, value_XSU = (_by_head(x, num_heads) for x in (query, key, value))
+    out_XTU = value.new_empty(query_XTK.shape[0], num_queries, value.shape[-1])
+    kept = query.new_empty(num_sequences * _kept_size(num_queries, key.shape[1], num_heads))
     future = torch.full((_BLOCK_ROWS, _BLOCK_ROWS), float("-inf"), dtype=query.dtype).triu(1)
-    for b in range(num_sequences):
-        query_HTK = query[b].transpose(0, 1)
-        key_HSK, value_HSU = (_for_all_heads(x[b], group_size) for x in (key, value))
-        for block in blocks(num_queries, key.shape[1], num_heads):
-            rows = block.last - block.first
-            scores = torch.bmm(query_HTK[:, block.first : block.last], key_HSK[:, : block.seen].mT).mul_(scale)
-            scores[:, :, block.seen - rows :] += future[:rows, :rows]
-            weights = kept[b, block.offset : block.offset + block.size].view(num_heads, rows, block.seen)
-            torch.softmax(scores, dim=-1, out=weights)
-            out[b, block.first : block.last] = torch.bmm(weights, value_HSU[:, : block.seen]).transpose(0, 1)
-    return out, kept
+    for block in blocks(num_queries, key.shape[1], num_heads):
+        rows = block.last - block.first
+        scores = torch.bmm(query_XTK[:, block.first : block.last], key_XSK[:, : block.seen].mT).mul_(scale)
+        scores[:, :, block.seen - rows :] += future[:rows, :rows]
+        weights = block.weights(kept, num_sequences)
+        torch.softmax(scores, dim=-1, out=weights)
+        out_XTU[:, block.first : block.last] = torch.bmm(weights, value_XSU[:, : block.seen])
+    return out_XTU.unflatten(0, (num_sequences, num_heads)).transpose(1, 2).contiguous(), kept
 
 
 @_causal_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     kept = _kept_size(query.shape[1], key.shape[1], query.shape[2])
-    return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[0], kept)
+    return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[0] * kept)
 
 
 @torch.library.custom_op("workbench_kernels::causal_attention_grad", mutates_args=(), device_types="cpu")
@@ -130,29 +132,22 @@ def _causal_attention_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
     num_sequences, num_queries, num_heads, _ = query.shape
-    num_keys, num_groups = key.shape[1:3]
-    group_size = num_heads // num_groups
-    grad_query, grad_key, grad_value = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+    query_XTK, key_XSK, value_XSU, grad_XTU = (_by_head(x, num_heads) for x in (query, key, value, grad))
+    grad_query_XTK = torch.empty_like(query_XTK)
+    grad_key_XSK, grad_value_XSU = torch.zeros_like(key_XSK), torch.zeros_like(value_XSU)
+    for block in blocks(num_queries, key.shape[1], num_heads):
+        weights = block.weights(kept, num_sequences)
+        query_rows, grad_rows = (x[:, block.first : block.last] for x in (query_XTK, grad_XTU))
+        grad_value_XSU[:, : block.seen].baddbmm_(weights.mT, grad_rows)
+        grad_weights = torch.bmm(grad_rows, value_XSU[:, : block.seen].mT)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scale)
+        grad_query_XTK[:, block.first : block.last] = torch.bmm(grad_scores, key_XSK[:, : block.seen])
+        grad_key_XSK[:, : block.seen].baddbmm_(grad_scores.mT, query_rows)
+    return (
+        _by_position(grad_query_XTK, query),
+        _by_position(grad_key_XSK, key),
+        _by_position(grad_value_XSU, value),
     )
-    for b in range(num_sequences):
-        query_HTK, grad_HTU = query[b].transpose(0, 1), grad[b].transpose(0, 1)
-        key_HSK, value_HSU = (_for_all_heads(x[b], group_size) for x in (key, value))
-        grad_key_HSK, grad_value_HSU = key_HSK.new_zeros(key_HSK.shape), value_HSU.new_zeros(value_HSU.shape)
-        for block in blocks(num_queries, num_keys, num_heads):
-            rows = block.last - block.first
-            weights = kept[b, block.offset : block.offset + block.size].view(num_heads, rows, block.seen)
-            grad_rows = grad_HTU[:, block.first : block.last]
-            grad_value_HSU[:, : block.seen].baddbmm_(weights.mT, grad_rows)
-            grad_weights = torch.bmm(grad_rows, value_HSU[:, : block.seen].mT)
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scale)
-            grad_block = torch.bmm(grad_scores, key_HSK[:, : block.seen])
-            grad_query[b, block.first : block.last] = grad_block.transpose(0, 1)
-            grad_key_HSK[:, : block.seen].baddbmm_(grad_scores.mT, query_HTK[:, block.first : block.last])
-        for gradient, grad_heads in ((grad_key, grad_key_HSK), (grad_value, grad_value_HSU)):
-            grouped = grad_heads.unflatten(0, (num_groups, group_size)).sum(1) if group_size > 1 else grad_heads
-            gradient[b] = grouped.transpose(0, 1)
-    return grad_query, grad_key, grad_value
 
 
 @_causal_attention_grad.register_fake
@@ -162,10 +157,15 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _for_all_heads(x_SGK: Tensor, group_size: int) -> Tensor:
-    """[S, G, K] -> [H, S, K], every head of a group repeated for the query heads that share it."""
-    x_GSK = x_SGK.transpose(0, 1)
-    return x_GSK if group_size == 1 else x_GSK.repeat_interleave(group_size, dim=0)
+def _by_head(x: Tensor, num_heads: int) -> Tensor:
+    """[B, S, G, K] -> [X, S, K] with X = B * H, the head of a group repeated for every query head that shares it."""
+    return x.transpose(1, 2).repeat_interleave(num_heads // x.shape[2], dim=1).flatten(0, 1)
+
+
+def _by_position(x_XSK: Tensor, like: Tensor) -> Tensor:
+    """The way back, to the shape of `like`; the query heads of a group are summed."""
+    x_BGYSK = x_XSK.view(like.shape[0], like.shape[2], -1, *x_XSK.shape[1:])
+    return x_BGYSK.sum(2).transpose(1, 2).contiguous()
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -190,6 +190,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     if not fits or key.shape[2] == 0 or query.shape[2] % key.shape[2] != 0:
         raise ValueError(f"{shapes} must be [B, T, H, K], [B, S, G, K], [B, S, G, U] with G a divisor of H")
     if query.shape[1] > key.shape[1]:
-        raise ValueError(f"{query.shape[1]} queries are more than {key.shape[1]} keys: the queries are the last positions")
+        raise ValueError(
+            f"{query.shape[1]} queries are more than {key.shape[1]} keys: the queries are the last positions"
+        )
     if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query ({query.dtype}), key ({key.dtype}) and value ({value.dtype}) must have one floating dtype")
+        raise ValueError(
+            f"query ({query.dtype}), key ({key.dtype}) and value ({value.dtype}) must have one floating dtype"
+        )

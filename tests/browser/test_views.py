@@ -73,12 +73,13 @@ def test_dashboard(browser: Browser, server: JupyterServer, writer: RunWriter, t
     view.get_by_role("button", name="Pause").focus()
     page.keyboard.press("Enter")
     expect(view.locator(".wb-note")).to_contain_text("stands still")
-    view.get_by_label("Learning rate").fill("fast")
+    view.get_by_role("textbox", name="Learning rate").fill("fast")
     page.keyboard.press("Enter")
     expect(view.locator(".wb-note")).to_contain_text("'fast' is not a number")
-    view.get_by_label("Learning rate").fill("2e-4")
+    view.get_by_role("textbox", name="Learning rate").fill("2e-4")
     view.get_by_role("button", name="Apply").press("Space")
     expect(view.locator(".wb-note")).to_contain_text("learning rate 2e-4")
+    expect(view.get_by_role("textbox", name="Learning rate")).to_have_value("")
     pending = Controls(writer.folder).pending()
     assert [control.kind for control in pending] == ["pause", "set"]
     writer.status("paused")
@@ -118,11 +119,14 @@ def test_dashboard(browser: Browser, server: JupyterServer, writer: RunWriter, t
     assert {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"} <= set(stored[0])
 
     # The other view of the notebook: settings by keyboard, a bad one is one line.
+    # Tall enough for both: JupyterLab takes cells far below the window out of the page.
+    lab.resize(1400, 3000)
     sizes = lab.view("Cache size")
-    sizes.get_by_label("Heads").fill("none")
+    sizes.get_by_role("textbox", name="Heads").fill("none")
     page.keyboard.press("Enter")
     expect(sizes.locator(".wb-note")).to_contain_text("'none' is not a number")
-    sizes.get_by_label("Heads").fill("4")
+    sizes.get_by_role("textbox", name="Heads").fill("4")
+    page.keyboard.press("Enter")
     sizes.get_by_label("Precision").select_option("float8")
     expect(sizes.locator(".wb-state")).to_contain_text("4 heads")
     expect(sizes.locator(".wb-state")).to_contain_text("float8")

@@ -15,7 +15,14 @@ class KeyValueCache:
     """
 
     def __init__(
-        self, batch_size: int, max_length: int, *, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = (batch_size, max_length, num_heads, head_dim)
         self.key = torch.zeros(shape, dtype=dtype, device=device)
@@ -81,7 +88,9 @@ def _room_for(new: Tensor, kept: Tensor, length: int) -> int:
     """The length after appending `new` along axis 1."""
     end = length + new.shape[1]
     if end > kept.shape[1]:
-        raise ValueError(f"the cache holds max_length={kept.shape[1]} tokens; {length} are kept and {new.shape[1]} more came")
+        raise ValueError(
+            f"the cache holds max_length={kept.shape[1]} tokens; {length} are kept and {new.shape[1]} more came"
+        )
     if new.shape[0] != kept.shape[0]:
         raise ValueError(f"the cache was made for batch_size={kept.shape[0]}, not {new.shape[0]}")
     return end

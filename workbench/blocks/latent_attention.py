@@ -99,7 +99,10 @@ def naive_attention(
     *,
     scale: float,
 ) -> Float[Tensor, "B T H U"]:
-    """Decompress every head's keys and values from the latent, then attend. `up` holds, per head, K key rows, U value rows."""
+    """Decompress every head's keys and values from the latent, then attend.
+
+    Of the X rows of `up` per head, the first K make keys and the other U values.
+    """
     key_width = query.nope.shape[-1]
     key_value_BSHX = (latent @ up.flatten(0, 1).mT).unflatten(-1, up.shape[:2])
     key_nope_BSHK, value_BSHU = key_value_BSHX.split((key_width, up.shape[1] - key_width), dim=-1)

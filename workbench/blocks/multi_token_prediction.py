@@ -29,9 +29,7 @@ class MultiTokenPrediction(nn.Module):
         self.layer = layer
         self.norm = RMSNorm(hidden_size, eps=eps)
 
-    def forward(
-        self, hidden: Float[Tensor, "B T D"], embedding: Float[Tensor, "B T D"], turn: Rotation
-    ) -> LayerOutput:
+    def forward(self, hidden: Float[Tensor, "B T D"], embedding: Float[Tensor, "B T D"], turn: Rotation) -> LayerOutput:
         joined_BTD = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
         output = self.layer(joined_BTD, turn)
         return LayerOutput(self.norm(output.hidden), output.routing)

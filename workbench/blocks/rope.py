@@ -21,7 +21,9 @@ class Rotation(NamedTuple):
     sin: Float[Tensor, "T pairs"]
 
 
-def frequencies(rotary_width: int, theta: float, *, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " pairs"]:
+def frequencies(
+    rotary_width: int, theta: float, *, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, " pairs"]:
     """Angle per position of each pair: theta^(-2i / rotary_width).
 
     Source: Su et al., arXiv 2104.09864, section 3.2.2.
@@ -67,9 +69,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rotation(
-    positions: Int[Tensor, " T"], frequencies: Float[Tensor, " pairs"], *, scale: float = 1.0
-) -> Rotation:
+def rotation(positions: Int[Tensor, " T"], frequencies: Float[Tensor, " pairs"], *, scale: float = 1.0) -> Rotation:
     """The turn of every pair at each of `positions`; `scale` multiplies both cosine and sine (YaRN)."""
     angles = positions[:, None].to(frequencies.dtype) * frequencies[None, :]
     return Rotation(angles.cos() * scale, angles.sin() * scale)

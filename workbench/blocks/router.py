@@ -80,7 +80,7 @@ class Router(nn.Module):
         dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, kept, False)
         return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(-2)
 
-    def _apply(self, fn, recurse=True):  # noqa: ANN001
+    def _apply(self, fn, recurse=True):
         """Keep the bias at float32 or wider when the module is cast."""
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 
+from workbench.live.mailbox import Mailbox
 from workbench.live.pace import Pace
 from workbench.record import Controls, RunWriter, Snapshot, checkpoint
 from workbench.text import Text
@@ -39,6 +40,7 @@ class Run:
         self._text = text
         self._pace = Pace(paused=paused)
         self._controls = Controls(writer.folder)
+        self._mailbox = Mailbox(writer.folder)
         self._evaluated_step = max((known.step for known in writer.history.snapshot().evaluations), default=-1)
         self._halted: str | None = None
         self._wake = threading.Event()
@@ -190,6 +192,7 @@ class Run:
             self._tell(*self._train(state))
         except BaseException as error:  # noqa: BLE001
             self._fail(error)
+        self._mailbox.close()
         try:
             self._writer.close()
         except BaseException as error:  # noqa: BLE001
@@ -219,7 +222,7 @@ class Run:
             return True  # Nothing is left to steer: the last evaluation and checkpoint are still to come.
         while True:
             self._wake.clear()
-            for control in self._controls.pending():
+            for control in self._mailbox.pending():
                 if control.change is not None:
                     # Not by `send`, which a generator takes only once it has begun.
                     apply_change(control.change, state)

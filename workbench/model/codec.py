@@ -71,7 +71,9 @@ def _read_union(choices: tuple[Any, ...], plain: Any, where: str) -> Any:
     if plain is None:
         _expect(type(None) in choices, where, plain, "a value")
         return None
-    expanded = [c for choice in choices for c in (_concrete(choice) or [choice] if isinstance(choice, type) else [choice])]
+    expanded = [
+        c for choice in choices for c in (_concrete(choice) or [choice] if isinstance(choice, type) else [choice])
+    ]
     if isinstance(plain, dict):
         for choice in expanded:
             if dataclasses.is_dataclass(choice) and getattr(choice, "__name__", "") == plain.get("kind"):

@@ -74,7 +74,8 @@ class GroupedQueryAttention:
         require_positive(self, "num_attention_heads", "num_key_value_heads", "head_dim")
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}",
+            f"num_key_value_heads={self.num_key_value_heads} must divide"
+            f" num_attention_heads={self.num_attention_heads}",
         )
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even (RoPE turns pairs)")
 
@@ -131,7 +132,9 @@ class MixtureOfExperts:
     routed_scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        require_positive(self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
+        require_positive(
+            self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"
+        )
         require(
             type(self.n_shared_experts) is int and self.n_shared_experts >= 0,
             f"n_shared_experts={self.n_shared_experts!r} must be a whole number, 0 or more",
@@ -146,7 +149,9 @@ class MixtureOfExperts:
             self.n_routed_experts % self.n_group == 0,
             f"n_group={self.n_group} must divide n_routed_experts={self.n_routed_experts}",
         )
-        require(self.topk_group <= self.n_group, f"topk_group={self.topk_group} must lie in 1..{self.n_group} (n_group)")
+        require(
+            self.topk_group <= self.n_group, f"topk_group={self.topk_group} must lie in 1..{self.n_group} (n_group)"
+        )
         require(
             self.topk_method != "greedy" or self.n_group == 1,
             f"topk_method='greedy' knows no groups: n_group={self.n_group} must be 1",
@@ -180,7 +185,7 @@ class LayerConfig:
 class ModelConfig:
     """A decoder: `layers` from the embedding up, then one `mtp_layers` entry per further predicted token.
 
-    `rms_norm_eps` is that of the layer norms; the norms inside latent attention keep their own fixed 1e-6, as published.
+    `rms_norm_eps` is that of the layer norms; the norms inside latent attention keep their own 1e-6, as published.
     """
 
     vocab_size: int

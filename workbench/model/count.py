@@ -82,9 +82,7 @@ def attention_parameters(attention: Attention, hidden_size: int) -> int:
             return query + down + up + heads * attention.v_head_dim * hidden_size
 
 
-def feed_forward_parameters(
-    feed_forward: FeedForward, hidden_size: int, *, active: bool = False
-) -> int:
+def feed_forward_parameters(feed_forward: FeedForward, hidden_size: int, *, active: bool = False) -> int:
     """Parameters of one feed-forward block; `active` counts only the experts that a token visits."""
     match feed_forward:
         case DenseFeedForward():

@@ -162,9 +162,7 @@ def build_layer(config: spec.ModelConfig, layer: spec.LayerConfig) -> Transforme
     )
 
 
-def build_attention(
-    hidden_size: int, attention: spec.Attention
-) -> GroupedQueryAttention | LatentAttention:
+def build_attention(hidden_size: int, attention: spec.Attention) -> GroupedQueryAttention | LatentAttention:
     """The block that an attention specification describes."""
     rotate = rotate_interleaved if attention.rope.rope_interleave else rotate_halves
     match attention:
@@ -192,9 +190,7 @@ def build_attention(
             )
 
 
-def build_feed_forward(
-    hidden_size: int, feed_forward: spec.FeedForward
-) -> SwiGLU | MixtureOfExperts:
+def build_feed_forward(hidden_size: int, feed_forward: spec.FeedForward) -> SwiGLU | MixtureOfExperts:
     """The block that a feed-forward specification describes."""
     match feed_forward:
         case spec.DenseFeedForward():
@@ -246,9 +242,7 @@ def build_cache(
             )
 
 
-def rotary_frequencies(
-    attention: spec.Attention, dtype: torch.dtype, device: torch.device
-) -> Float[Tensor, " pairs"]:
+def rotary_frequencies(attention: spec.Attention, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " pairs"]:
     """Angle per position of every rotary pair of an attention."""
     rope = attention.rope
     width = attention.qk_rope_head_dim if isinstance(attention, spec.LatentAttention) else attention.head_dim

@@ -32,9 +32,8 @@ class Rows:
     load: np.ndarray
     bias: np.ndarray
 
-    def until(self, step: int) -> Rows:
-        """Those at or before a step."""
-        kept = self.steps <= step
+    def where(self, kept: np.ndarray) -> Rows:
+        """Those that a mask [S] keeps."""
         return Rows(self.steps[kept], self.load[kept], self.bias[kept])
 
 
@@ -86,8 +85,8 @@ def write_segment(folder: Path, rows: Rows) -> Segment:
     return Segment(first, last, path.name)
 
 
-def read_rows(folder: Path, segment: Segment, step: int | None = None) -> Rows:
-    """All rows of a segment, or those of the row group that holds `step`.
+def read_rows(folder: Path, segment: Segment, within: tuple[int, int] | None = None) -> Rows:
+    """All rows of a segment, or those of the row groups that hold steps `within` first..last.
 
     Raises:
         FileNotFoundError: the file is gone.
@@ -97,8 +96,8 @@ def read_rows(folder: Path, segment: Segment, step: int | None = None) -> Rows:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             groups = list(range(file.num_row_groups))
-            if step is not None:
-                groups = [group for group in groups if _group_may_hold(file, group, step)]
+            if within is not None:
+                groups = [group for group in groups if _overlaps(file, group, *within)]
             return _rows(file.read_row_groups(groups, use_threads=False))
     except FileNotFoundError:
         raise
@@ -126,7 +125,7 @@ def read_step(connection: sqlite3.Connection, folder: Path, step: int) -> tuple[
     """
     while (segment := find_segment(connection, step)) is not None:
         try:
-            rows = read_rows(folder, segment, step)
+            rows = read_rows(folder, segment, (step, step))
         except FileNotFoundError:
             # The writer replaces a partial segment by a longer one, lists that and deletes the old: look again.
             if find_segment(connection, step) == segment:
@@ -215,7 +214,7 @@ def _open_writer(path: Path) -> pq.ParquetWriter:
 
 
 def _row_group_rows(row_values: int) -> int:
-    return max(16, _ROW_GROUP_BYTES // max(1, row_values * 8))
+    return max(50, _ROW_GROUP_BYTES // max(1, row_values * 8))
 
 
 def _table(rows: Rows) -> pa.Table:
@@ -238,6 +237,6 @@ def _matrix(column: pa.ChunkedArray, num_rows: int) -> np.ndarray:
     return flat.reshape(num_rows, len(flat) // num_rows if num_rows else 0)
 
 
-def _group_may_hold(file: pq.ParquetFile, group: int, step: int) -> bool:
+def _overlaps(file: pq.ParquetFile, group: int, first: int, last: int) -> bool:
     statistics = file.metadata.row_group(group).column(0).statistics
-    return statistics is None or statistics.min <= step <= statistics.max
+    return statistics is None or (statistics.min <= last and statistics.max >= first)

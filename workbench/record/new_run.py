@@ -79,7 +79,7 @@ def _write_files(folder: Path, recipe_json: str, session: Session) -> None:
     (folder / arrays.FOLDER_NAME).mkdir()
     (folder / checkpoint_folders.FOLDER_NAME).mkdir()
     write_file(folder / "recipe.json", recipe_json.encode())
-    write_file(folder / "environment.json", json.dumps(session.environment, indent=2).encode())
+    write_file(folder / "environment.json", json.dumps(session.environment, indent=2, allow_nan=False).encode())
     if session.git_diff:
         write_file(folder / "git.diff", session.git_diff)
     fsync_folder(folder)

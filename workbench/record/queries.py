@@ -1,4 +1,4 @@
-"""Questions to the record, answered by DuckDB in memory: nothing is ever stored in its format."""
+"""Loads over many steps, and questions in SQL, answered by DuckDB in memory: nothing is stored in its format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from workbench.record.arrays import FOLDER_NAME, Segment, list_segments, lost_line
+from workbench.record.arrays import FOLDER_NAME, Rows, Segment, list_segments, lost_line, read_rows
 from workbench.record.database import connect, read_meta
 
 
@@ -33,14 +33,34 @@ def loads_between(folder: str | Path, first: int = 0, last: int | None = None, e
     """
     if every < 1:
         raise ValueError(f"every={every} must be at least 1")
-    sql = "SELECT step, load, bias FROM arrays WHERE step BETWEEN $1 AND $2 AND step % $3 = 0 ORDER BY step"
-    table = query(folder, sql, [first, 2**62 if last is None else last, every])
-    with closing(connect(Path(folder), "ro")) as connection:
+    folder = Path(folder)
+    within = (first, 2**62 if last is None else last)
+    with closing(connect(folder, "ro")) as connection:
         meta = read_meta(connection)
-    shape = (len(table), len(meta.layer_names), meta.num_experts)
-    load = table["load"].combine_chunks().flatten().to_numpy()
-    bias = table["bias"].combine_chunks().flatten().to_numpy()
-    return Loads(table["step"].to_numpy(), load.astype(np.int64).reshape(shape), bias.reshape(shape))
+    width = len(meta.layer_names) * meta.num_experts
+    parts = [Rows(np.empty(0, np.int64), np.empty((0, width), np.int32), np.empty((0, width), np.float32))]
+    parts += [_chosen(rows, *within, every) for rows in _read_segments(folder, within)]
+    steps = np.concatenate([part.steps for part in parts])
+    shape = (len(steps), len(meta.layer_names), meta.num_experts)
+    load_SLE = np.concatenate([part.load for part in parts], dtype=np.int64).reshape(shape)
+    bias_SLE = np.concatenate([part.bias for part in parts]).reshape(shape)
+    return Loads(steps, load_SLE, bias_SLE)
+
+
+def _read_segments(folder: Path, within: tuple[int, int]) -> list[Rows]:
+    while True:
+        segments = _listed(folder)
+        wanted = [segment for segment in segments if segment.first <= within[1] and segment.last >= within[0]]
+        try:
+            return [read_rows(folder, segment, within) for segment in wanted]
+        except FileNotFoundError as error:
+            # A partial segment has just been replaced by a longer one, or a file is really gone.
+            if _listed(folder) == segments:
+                raise ValueError(_lost(folder, segments)) from error
+
+
+def _chosen(rows: Rows, first: int, last: int, every: int) -> Rows:
+    return rows.where((rows.steps >= first) & (rows.steps <= last) & (rows.steps % every == 0))
 
 
 def query(folder: str | Path, sql: str, parameters: Sequence[Any] = ()) -> pa.Table:
@@ -57,12 +77,9 @@ def query(folder: str | Path, sql: str, parameters: Sequence[Any] = ()) -> pa.Ta
         try:
             return _answer([folder / FOLDER_NAME / segment.file for segment in segments], sql, parameters)
         except duckdb.IOException as error:
-            if _listed(folder) != segments:
-                # A partial segment has just been replaced by a longer one: ask anew.
-                continue
-            lost = [segment for segment in segments if not (folder / FOLDER_NAME / segment.file).is_file()]
-            line = lost_line(folder, lost[0]) if lost else f"the loads of {folder} cannot be read: {_first_line(error)}"
-            raise ValueError(line) from error
+            if _listed(folder) == segments:
+                line = _lost(folder, segments) or f"the loads of {folder} cannot be read: {_first_line(error)}"
+                raise ValueError(line) from error
         except duckdb.Error as error:
             raise ValueError(f"the query cannot be answered: {_first_line(error)}") from error
 
@@ -70,6 +87,12 @@ def query(folder: str | Path, sql: str, parameters: Sequence[Any] = ()) -> pa.Ta
 def _listed(folder: Path) -> list[Segment]:
     with closing(connect(folder, "ro")) as connection:
         return list_segments(connection)
+
+
+def _lost(folder: Path, segments: Sequence[Segment]) -> str:
+    """A line about the first segment whose file is gone; empty when there is none."""
+    lost = [segment for segment in segments if not (folder / FOLDER_NAME / segment.file).is_file()]
+    return lost_line(folder, lost[0]) if lost else ""
 
 
 def _answer(files: Sequence[Path], sql: str, parameters: Sequence[Any]) -> pa.Table:

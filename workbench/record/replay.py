@@ -6,6 +6,7 @@ import math
 import sqlite3
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from workbench.record.arrays import Segment, list_segments, read_step
 from workbench.record.database import read_meta, read_status, transaction
@@ -62,7 +63,7 @@ class Replay:
 
     def _read_scalars(self, connection: sqlite3.Connection) -> None:
         query = "SELECT step, name, value FROM scalars WHERE step > ? ORDER BY step, name"
-        series: defaultdict[str, tuple[list[int], list[float | None]]] = defaultdict(lambda: ([], []))
+        series: defaultdict[str, tuple[list[int], list[Any]]] = defaultdict(lambda: ([], []))
         for step, name, value in connection.execute(query, (self._scalar_step,)):
             steps, values = series[name]
             steps.append(step)

@@ -60,7 +60,8 @@ def _segments_until(connection: sqlite3.Connection, folder: Path, at_step: int) 
     if kept and kept[-1].last > at_step:
         spanning = kept.pop()
         try:
-            kept.append(write_segment(folder, read_rows(folder, spanning).until(at_step)))
+            rows = read_rows(folder, spanning)
+            kept.append(write_segment(folder, rows.where(rows.steps <= at_step)))
         except (FileNotFoundError, ValueError):
             # Lost or damaged: it stays listed under its kept steps, so that reading them says so.
             kept.append(Segment(spanning.first, at_step, spanning.file))

@@ -108,9 +108,11 @@ class CountingModel:
     ) -> Floors:
         """Floors over the targets `tokens[:, 1:T+1]` of `batches`.
 
-        At distance d the first d - 1 targets of a row have no token that far before them and are left out.
+        At distance d, targets whose token d before them lies outside the row or in another document are left out: what
+        remains is what a prediction depth of d - 1 can be compared on.
         """
         tokens = np.concatenate([batch.tokens[:, : sequence_length + 1] for batch in batches])
+        documents = np.concatenate([batch.documents[:, : sequence_length + 1] for batch in batches])
         targets = tokens[:, 1:].ravel()
         probabilities = self.probabilities(tokens[:, :-1].ravel(), targets)
         nats = {name: float(-np.log(values).sum()) for name, values in probabilities.items()}
@@ -119,10 +121,15 @@ class CountingModel:
             nats_per_token={name: total / len(targets) for name, total in nats.items()},
             nats_per_byte={name: total / num_bytes if num_bytes else math.nan for name, total in nats.items()},
             distance_accuracy={
-                distance: float(np.mean(self.pairs(distance).best_guess[tokens[:, :-distance]] == tokens[:, distance:]))
-                for distance in range(1, max_distance + 1)
+                distance: self.guess_accuracy(tokens, documents, distance) for distance in range(1, max_distance + 1)
             },
         )
+
+    def guess_accuracy(self, tokens: np.ndarray, documents: np.ndarray, distance: int) -> float:
+        """How often the likeliest token `distance` after each of `tokens` is right, within its document."""
+        right = self.pairs(distance).best_guess[tokens[:, :-distance]] == tokens[:, distance:]
+        inside = documents[:, :-distance] == documents[:, distance:]
+        return float(right[inside].mean()) if inside.any() else math.nan
 
 
 def _count_pairs(tokens: np.ndarray, vocab_size: int, distance: int) -> tuple[np.ndarray, np.ndarray]:

@@ -60,9 +60,7 @@ def examine(decoder: Decoder, exam: Examination, recipe: Recipe, step: int) -> E
         device_tokens = tokens.to(recipe.device)
         output = decoder(device_tokens[:, :length], lookahead=device_tokens[:, length : length + recipe.lookahead - 1])
         targets_BT = tokens[:, 1 : length + 1]
-        losses_BT = F.cross_entropy(
-            output.logits.float().mT, targets_BT.to(recipe.device), reduction="none"
-        ).cpu()
+        losses_BT = F.cross_entropy(output.logits.float().mT, targets_BT.to(recipe.device), reduction="none").cpu()
         corpus_B = torch.from_numpy(batch.corpus).long()
         nats_by_corpus.index_add_(0, corpus_B, losses_BT.sum(1, dtype=torch.float64))
         bytes_by_corpus.index_add_(0, corpus_B, byte_lengths_V[targets_BT].sum(1).float())
@@ -70,6 +68,7 @@ def examine(decoder: Decoder, exam: Examination, recipe: Recipe, step: int) -> E
         loads.append(load_by_corpus(output.routing, corpus_B, num_corpora))
         for depth, logits in enumerate(output.mtp_logits, start=1):
             inside_BT = mtp_inside(documents, length, depth)
+            inside_BT[:, length - depth :] = False  # the counting models' targets end with the next-token ones
             right_BT = logits.argmax(-1).cpu() == mtp_targets(tokens, length, depth)
             hits[depth] += float((right_BT & inside_BT).sum())
             guesses[depth] += float(inside_BT.sum())
@@ -93,12 +92,9 @@ def examine(decoder: Decoder, exam: Examination, recipe: Recipe, step: int) -> E
 
 
 def load_by_corpus(routing: Sequence[Routing | None], corpus: Tensor, num_corpora: int) -> Tensor:
-    """Choices [corpora, expert layers, experts] of one batch, whose sequences belong to `corpus` [B].
-
-    Layers with fewer experts than the widest are filled up with zeros.
-    """
+    """Choices [corpora, expert layers, experts] of one batch, whose sequences belong to `corpus` [B]."""
     routed = [r for r in routing if r is not None]
-    num_experts = max((r.scores.shape[1] for r in routed), default=0)
+    num_experts = routed[0].scores.shape[1] if routed else 0
     loads = torch.zeros(num_corpora, len(routed), num_experts, dtype=torch.int64)
     for layer, choice in enumerate(routed):
         indices_BX = choice.indices.cpu().reshape(len(corpus), -1)
@@ -117,5 +113,3 @@ def write_sample(decoder: Decoder, exam: Examination, recipe: Recipe, step: int)
         decoder, prompt, min(recipe.sample_tokens, room), temperature=0.8, top_p=0.95, seed=recipe.seed + step
     )
     return exam.tokenizer.decode(generation.tokens[0].cpu().numpy())
-
-

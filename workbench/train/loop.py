@@ -189,11 +189,9 @@ def gather_gradients(state: TrainState) -> None:
 
 
 def stacked_loads(output: DecoderOutput) -> Tensor:
-    """Choices per expert layer and expert [L, E]; layers with fewer experts are filled up with zeros."""
+    """Choices per expert layer and expert [L, E]."""
     loads = [routing.load for routing in output.routing if routing is not None]
-    if not loads:
-        return torch.zeros(0, 0, dtype=torch.int64)
-    return torch.nn.utils.rnn.pad_sequence(loads, batch_first=True)
+    return torch.stack(loads) if loads else torch.zeros(0, 0, dtype=torch.int64)
 
 
 def move_biases(recipe: Recipe, state: TrainState, load_LE: Tensor) -> Tensor:
@@ -204,9 +202,5 @@ def move_biases(recipe: Recipe, state: TrainState, load_LE: Tensor) -> Tensor:
     for router, load_E in zip(routers, load_LE, strict=True):
         bias = router.e_score_correction_bias
         if isinstance(recipe.balance, LossFreeBias) and state.balance_speed > 0:
-            moved = updated_bias(
-                bias, load_E[: len(bias)], speed=state.balance_speed, centred=recipe.balance.centred
-            )
-            bias.copy_(moved)
-    biases = [router.e_score_correction_bias for router in routers]
-    return torch.nn.utils.rnn.pad_sequence(biases, batch_first=True)
+            bias.copy_(updated_bias(bias, load_E, speed=state.balance_speed, centred=recipe.balance.centred))
+    return torch.stack([router.e_score_correction_bias for router in routers])

@@ -26,7 +26,8 @@ class AdamW:
 
     def __post_init__(self) -> None:
         require(
-            0 < self.learning_rate < float("inf"), f"learning_rate={self.learning_rate} must be a positive finite number"
+            0 < self.learning_rate < float("inf"),
+            f"learning_rate={self.learning_rate} must be a positive finite number",
         )
         require(0 <= self.beta1 < 1, f"beta1={self.beta1} must lie in [0, 1)")
         require(0 <= self.beta2 < 1, f"beta2={self.beta2} must lie in [0, 1)")

@@ -110,6 +110,11 @@ class Recipe:
         require(
             self.num_threads is None or self.num_threads > 0, f"num_threads={self.num_threads} must be above 0, or None"
         )
+        counts = {experts.n_routed_experts for _, experts in self.model.expert_layers()}
+        require(
+            len(counts) <= 1,
+            f"expert layers of {sorted(counts)} experts: all must have one number, for a record of [layers, experts]",
+        )
         for name, experts in self.model.expert_layers():
             require(
                 not isinstance(self.balance, LossFreeBias) or experts.topk_method == "noaux_tc",

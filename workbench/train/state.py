@@ -111,4 +111,6 @@ def _require_equal_keys(wanted: Any, given: Any, kind: str) -> None:
     if missing:
         raise ValueError(f"the saved state lacks {kind} {missing[0]!r} ({len(missing)} missing)")
     if extra:
-        raise ValueError(f"the saved state has {kind} {extra[0]!r}, which this recipe does not know ({len(extra)} extra)")
+        raise ValueError(
+            f"the saved state has {kind} {extra[0]!r}, which this recipe does not know ({len(extra)} extra)"
+        )

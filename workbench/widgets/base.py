@@ -146,8 +146,9 @@ class View:
             case "pull":
                 self._pull(message, values)
             case "act":
-                words = self._content.act(str(message.get("action")), message.get("given") or {})
-                self._send(message, {"kind": "note", "text": words})
+                action = str(message.get("action"))
+                words = self._content.act(action, message.get("given") or {})
+                self._send(message, {"kind": "note", "text": words, "done": action})
             case "data":
                 tables = [_table(primitive) for primitive in self._frame(values).primitives if not primitive.empty]
                 self._send(message, {"kind": "data", "tables": tables})

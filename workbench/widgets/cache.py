@@ -33,10 +33,10 @@ class CacheContent(Content):
 
     def __init__(self, config: Any) -> None:
         self._config = config
-        latent = variants(config)["MLA"].layers[0].attention
+        latent = cast(Any, variants(config)["MLA"].layers[0].attention)
         self._defaults = {
             HEADS: str(latent.num_attention_heads),
-            LATENT: str(getattr(latent, "kv_lora_rank")),  # noqa: B009 - MLA's attention is a LatentAttention
+            LATENT: str(latent.kv_lora_rank),
             BATCH: "1",
             PRECISION: "bfloat16",
         }

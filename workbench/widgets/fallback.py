@@ -17,7 +17,16 @@ from matplotlib.figure import Figure
 
 from workbench.widgets.axes import Axis, whole_ticks
 from workbench.widgets.colors import COLOR_MAP, line_color
-from workbench.widgets.layout import BOTTOM, CHANGE_ROW, HEADING, end_labels, labelled_rows, plot_height, short, top_margin
+from workbench.widgets.layout import (
+    BOTTOM,
+    CHANGE_ROW,
+    HEADING,
+    end_labels,
+    labelled_rows,
+    plot_height,
+    short,
+    top_margin,
+)
 from workbench.widgets.primitives import Bars, Heatmap, Lines, Primitive, Table, thin
 
 WIDTH = 900
@@ -88,7 +97,8 @@ def _panel(figure: Figure, primitive: Primitive, *, left: float, top: float, wid
     indent = LEFT if not isinstance(primitive, Bars | Heatmap) else 14 + _text_width(_row_names(primitive))
     indent = 8 if isinstance(primitive, Table) else indent
     box = (left + indent, plot_top - plot, max(40, width - indent - right_margin), plot)
-    figure.text((left + 8) / WIDTH, (top - 17) / page, short(primitive.title, int(width / 8)), size=10.5, weight="bold", color=INK)
+    title = short(primitive.title, int(width / 8))
+    figure.text((left + 8) / WIDTH, (top - 17) / page, title, size=10.5, weight="bold", color=INK)
     axes = figure.add_axes((box[0] / WIDTH, box[1] / page, box[2] / WIDTH, box[3] / page))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -208,7 +218,9 @@ def _draw_heatmap(
             antialiased=False,
         )
     else:
-        axes.imshow(primitive.values_YX, cmap=COLOR_MAP, norm=norm, extent=edges, aspect="auto", interpolation="nearest")
+        axes.imshow(
+            primitive.values_YX, cmap=COLOR_MAP, norm=norm, extent=edges, aspect="auto", interpolation="nearest"
+        )
     axes.set_xlim(edges[:2])
     axes.set_ylim(edges[2:])
     axes.set_xticks(whole_ticks(columns, 16))

@@ -109,7 +109,10 @@ class View {
     // A frame asked for before a control moved is drawn all the same; the next one is already asked for.
     if (message.kind === "frame") this.show(message, buffers);
     else if (message.kind === "same") this.interval = Math.min(MAX_INTERVAL, this.interval + 50);
-    else if (message.kind === "note") this.say(message.text);
+    else if (message.kind === "note") {
+      this.say(message.text);
+      if (message.done) this.inputs[`action ${message.done}`].clear();
+    }
     else if (message.kind === "data") this.showData(message.tables);
     else if (message.kind === "file") this.download(message.name, new Blob([buffers[0]], { type: message.type }));
     this.wake();
@@ -200,11 +203,14 @@ class View {
 
   follow(name, input, value) {
     input.value = this.values[name] = value;
-    input.addEventListener("change", () => {
+    const apply = () => {
+      if (this.values[name] === input.value) return;
       this.say("");
       this.values[name] = input.value;
       this.changed();
-    });
+    };
+    input.addEventListener("change", apply);
+    input.addEventListener("keydown", (e) => { if (e.key === "Enter") apply(); });
   }
 
   make_number(control) {
@@ -234,7 +240,7 @@ class View {
       button.setAttribute("aria-disabled", String(!c.enabled));
       button.title = c.enabled ? "" : c.why;
       c.fields.forEach((f, i) => { fields[i].input.placeholder = f.value; });
-    } };
+    }, clear: () => { for (const f of fields) f.input.value = ""; } };
   }
 
   toggleData() {
