@@ -26,7 +26,7 @@ def moe_mlp(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor
 
     Returns:
         [N, K] in the dtype of `x`. The gradient of an expert that no token chose is exactly zero.
-        For backward the torch form keeps the gate and up products and nothing else of size M.
+        For backward the torch form keeps the gate and up products [M, 2F] and, nothing else as large.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or an index lies outside 0..E-1.

@@ -21,5 +21,6 @@ from workbench.analysis.routing import max_violation_global as max_violation_glo
 from workbench.analysis.routing import normalized_entropy as normalized_entropy
 from workbench.analysis.specialization import DocumentRouting as DocumentRouting
 from workbench.analysis.specialization import SpecializationReport as SpecializationReport
+from workbench.analysis.specialization import shuffled_specialization as shuffled_specialization
 from workbench.analysis.specialization import specialization as specialization
 from workbench.analysis.specialization import specialization_report as specialization_report

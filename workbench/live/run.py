@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from workbench.live.mailbox import Mailbox
 from workbench.live.pace import Pace
@@ -61,6 +63,11 @@ class Run:
     def folder(self) -> Path:
         """The run folder."""
         return self._writer.folder
+
+    @property
+    def text(self) -> Text:
+        """What it trains on."""
+        return self._text
 
     @property
     def status(self) -> str:
@@ -147,6 +154,19 @@ class Run:
         if ended and self._error is not None:
             raise self._error
         return self.status
+
+    def __await__(self) -> Generator[Any, None, str]:
+        """`await run` in a notebook: like `wait`, while views and their controls go on working."""
+        try:
+            yield from self._ended_soon().__await__()
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            self.halt("interrupted")
+            raise
+        return self.wait()
+
+    async def _ended_soon(self) -> None:
+        while not self._ended.is_set():
+            await asyncio.sleep(_POLL_SECONDS)
 
     def wait_for(self, condition: Callable[[Snapshot], bool], timeout: float | None = None) -> Snapshot:
         """A snapshot of which `condition` holds, as soon as there is one.

@@ -213,7 +213,7 @@ def toy_v3() -> Recipe:
         text=Mixture({StdlibCode(): 3.0, StdlibProse(): 1.0}),
         sequence_length=256,
         batch_size=8,
-        steps=400,
+        steps=300,
         optimizer=AdamW(learning_rate=3e-3),
         schedule=WarmupCosine(warmup_steps=30),
     )

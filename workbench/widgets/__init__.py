@@ -2,6 +2,7 @@
 
 from workbench.widgets.base import View as View
 from workbench.widgets.cache import cache as cache
+from workbench.widgets.corpora import corpora as corpora
 from workbench.widgets.curves import curves as curves
 from workbench.widgets.dashboard import dashboard as dashboard
 from workbench.widgets.primitives import Bars as Bars
