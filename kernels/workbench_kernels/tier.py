@@ -13,8 +13,8 @@ FUSED_OPS = frozenset({"rms_norm"})  # ops with a Triton twin in fused/
 def resolve(op: str, impl: str, device: torch.device) -> Tier:
     """Turn the caller's `impl` into the form of `op` that runs on `device`.
 
-    `auto` is the Triton twin on a GPU and the fast torch form on a CPU; `reference` is the definition anywhere;
-    `fused` is the Triton twin, on a CPU only inside Triton's interpreter.
+    `auto` is the fast torch form on a CPU, and elsewhere the Triton twin, or the definition of an op that has none yet;
+    `reference` is the definition anywhere; `fused` is the Triton twin, on a CPU only inside Triton's interpreter.
 
     Raises:
         ValueError: `impl` is unknown, or the form it names cannot run here. Another form is never taken instead.
@@ -26,7 +26,9 @@ def resolve(op: str, impl: str, device: torch.device) -> Tier:
     if impl == "auto" and device.type == "cpu":
         return "torch"
     if op not in FUSED_OPS:
-        raise ValueError(f"{op} has no fused tier yet; on {device.type} pass impl='reference'")
+        if impl == "auto":
+            return "reference"
+        raise ValueError(f"{op} has no fused tier yet; pass impl='auto' or 'reference'")
     if find_spec("triton") is None:
         raise ValueError(f"the fused tier of {op} needs Triton, which is not installed; pass impl='reference'")
     if device.type == "cpu" and not _interpreting():
