@@ -154,18 +154,29 @@ def _causal_attention_grad(
 def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    by_head = (torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (query, key, value))
+    grad_query, grad_key, grad_value = (x.transpose(1, 2) for x in by_head)
+    return grad_query, grad_key, grad_value
 
 
 def _by_head(x: Tensor, num_heads: int) -> Tensor:
-    """[B, S, G, K] -> [X, S, K] with X = B * H, the head of a group repeated for every query head that shares it."""
-    return x.transpose(1, 2).repeat_interleave(num_heads // x.shape[2], dim=1).flatten(0, 1)
+    """[B, S, G, K] -> [X, S, K] with X = B * H, the head of a group repeated for every query head that shares it.
+
+    No copy is made of what already lies head by head and is not shared.
+    """
+    x_BGSK = x.transpose(1, 2)
+    group_size = num_heads // x.shape[2]
+    if group_size > 1:
+        x_BGSK = x_BGSK.repeat_interleave(group_size, dim=1)
+    return x_BGSK.contiguous().flatten(0, 1)
 
 
 def _by_position(x_XSK: Tensor, like: Tensor) -> Tensor:
-    """The way back, to the shape of `like`; the query heads of a group are summed."""
-    x_BGYSK = x_XSK.view(like.shape[0], like.shape[2], -1, *x_XSK.shape[1:])
-    return x_BGYSK.sum(2).transpose(1, 2).contiguous()
+    """The way back, to the shape of `like` in the layout head by head; the query heads of a group are summed."""
+    num_sequences, _, num_groups, _ = like.shape
+    x_BGYSK = x_XSK.view(num_sequences, num_groups, -1, *x_XSK.shape[1:])
+    x_BGSK = x_BGYSK.squeeze(2) if x_BGYSK.shape[2] == 1 else x_BGYSK.sum(2)
+    return x_BGSK.transpose(1, 2)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -107,8 +107,13 @@ def naive_attention(
     key_value_BSHX = (latent @ up.flatten(0, 1).mT).unflatten(-1, up.shape[:2])
     key_nope_BSHK, value_BSHU = key_value_BSHX.split((key_width, up.shape[1] - key_width), dim=-1)
     shared_BSHR = key_rope.unsqueeze(2).expand(-1, -1, up.shape[0], -1)
-    query_BTHK = torch.cat((query.nope, query.rope), dim=-1)
-    return causal_attention(query_BTHK, torch.cat((key_nope_BSHK, shared_BSHR), dim=-1), value_BSHU, scale)
+    query_BTHK = join_by_head(query.nope, query.rope)
+    return causal_attention(query_BTHK, join_by_head(key_nope_BSHK, shared_BSHR), value_BSHU, scale)
+
+
+def join_by_head(nope: Float[Tensor, "B S H K"], rope: Float[Tensor, "B S H R"]) -> Float[Tensor, "B S H _"]:
+    """Content and position part side by side, laid out head by head as attention reads them: one copy, not two."""
+    return torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), dim=-1).transpose(1, 2)
 
 
 def absorbed_attention(

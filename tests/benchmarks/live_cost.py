@@ -1,0 +1,96 @@
+"""What live views cost a training run: CPU seconds of the process per step, with and without views being pulled.
+
+    python tests/benchmarks/live_cost.py [--pairs 12] [--steps 25]
+
+One run of `toy_v3` is held between stretches of `steps` steps. In every pair one stretch is made with three views
+(dashboard, routing, curves) pulled ten times a second, each frame built, encoded and sent as to a front end, and one
+without, in alternating order. Printed, last: the upper end of the 95 % interval of the mean extra cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import statistics
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from workbench import live
+from workbench.train.recipes import toy_v3
+from workbench.widgets import curves, dashboard, routing
+from workbench.widgets.base import View
+
+PULLS_PER_SECOND = 10
+# Quantiles of Student's t for a one-sided 95 % bound, by degrees of freedom; beyond, that of the normal distribution.
+T95 = {9: 1.833, 10: 1.812, 11: 1.796, 12: 1.782, 13: 1.771, 14: 1.761, 15: 1.753, 19: 1.729, 24: 1.711, 29: 1.699}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument("--pairs", type=int, default=12)
+    arguments.add_argument("--steps", type=int, default=25)
+    options = arguments.parse_args()
+    if options.pairs < 10:
+        arguments.error("at least 10 pairs are needed")
+    torch.set_num_threads(2)
+    total = (2 * options.pairs + 1) * options.steps
+    never = total + 1
+    recipe = replace(toy_v3(), steps=total + 1, evaluate_every=never, checkpoint_every=never, evaluation_batches=1)
+    with tempfile.TemporaryDirectory() as folder:
+        run = live.start(recipe, Path(folder) / "cost", paused=True)
+        views = [dashboard(run, live=True), routing(run, live=True), curves(run, live=True)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            for view in views:
+                view.show()
+        cpu_per_step(run, [], options.steps)
+        ratios = []
+        for pair in range(options.pairs):
+            order = (views, []) if pair % 2 == 0 else ([], views)
+            seconds = {bool(shown): cpu_per_step(run, shown, options.steps) for shown in order}
+            ratios.append(seconds[True] / seconds[False] - 1)
+            print(f"pair {pair + 1:2}: {seconds[False] * 1000:7.1f} ms of CPU per step, {ratios[-1]:+7.2%} with views")
+        run.stop()
+        run.wait()
+    mean = statistics.mean(ratios)
+    error = statistics.stdev(ratios) / math.sqrt(len(ratios))
+    bound = mean + T95.get(len(ratios) - 1, 1.645) * error
+    print(f"median extra cost {statistics.median(ratios):+.2%}, mean {mean:+.2%}")
+    print(f"95 % upper bound {bound:.2%}")
+
+
+def cpu_per_step(run: live.Run, views: list[View], steps: int) -> float:
+    """CPU seconds of this process per step, over `steps` steps during which `views` are pulled."""
+    began_at = run.snapshot().step
+    ended = threading.Event()
+    puller = threading.Thread(target=pull, args=(run, views, ended))
+    began = time.process_time()
+    puller.start()
+    for _ in range(steps):
+        run.step()
+    run.wait_for(lambda now: now.step >= began_at + steps and now.status == "paused")
+    spent = time.process_time() - began
+    ended.set()
+    puller.join()
+    return spent / steps
+
+
+def pull(run: live.Run, views: list[View], ended: threading.Event) -> None:
+    """The messages of a visible front end, as its widget receives them; only the browser itself is missing."""
+    have: int | None = None
+    while not ended.wait(1 / PULLS_PER_SECOND):
+        newest = run.snapshot().version
+        for view in views:
+            assert view.widget is not None
+            view.widget._handle_custom_msg({"kind": "pull", "have": have}, [])
+        have = newest
+
+
+if __name__ == "__main__":
+    main()
