@@ -114,8 +114,8 @@ def test_curves_mark_spikes_and_changes(writer: RunWriter) -> None:
 
 def test_the_dashboard_is_all_of_it(writer: RunWriter) -> None:
     found = dashboard(writer.folder).primitives(step=3)
-    assert [type(primitive) for primitive in found] == [Lines, Lines, Lines, Heatmap, Bars, Table]
-    np.testing.assert_array_equal(shown_loads(found[3]), recorded.load(3))  # type: ignore[arg-type]
+    assert [type(primitive) for primitive in found] == [Lines, Heatmap, Bars, Lines, Lines, Table]
+    np.testing.assert_array_equal(shown_loads(found[1]), recorded.load(3))  # type: ignore[arg-type]
     table = found[5]
     assert isinstance(table, Table)
     rows = {row[0]: row for row in table.cells()}

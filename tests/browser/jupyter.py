@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -31,6 +32,26 @@ READY = """() => {
 
 # Sent and not awaited: the promise of a cell that trains would hold `evaluate` for as long.
 EXECUTE = "([command, args]) => { window.jupyterapp.commands.execute(command, args); }"
+
+PROMPT = "(index) => window.jupyterapp.shell.currentWidget.content.widgets[index].prompt"
+
+SHOW_CELL = """async (index) => {
+    const notebook = window.jupyterapp.shell.currentWidget.content;
+    notebook.activeCellIndex = index;
+    await notebook.scrollToItem(index, 'start');
+}"""
+
+OUTPUTS = "(index) => window.jupyterapp.shell.currentWidget.content.widgets[index].model.outputs.toJSON()"
+
+# With no code of its own the request leaves the cells' numbers and outputs alone.
+KERNEL_VALUE = """async (expression) => {
+    const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+    const reply = await kernel.requestExecute(
+        { code: '', silent: true, store_history: false, user_expressions: { value: expression } }).done;
+    const value = reply.content.user_expressions.value;
+    if (value.status !== 'ok') throw new Error(`${value.ename}: ${value.evalue}`);
+    return value.data['text/plain'];
+}"""
 
 CELLS_DONE = """(count) => {
     const cells = window.jupyterapp.shell.currentWidget.content.widgets.filter((w) => w.model.type === 'code');
@@ -89,6 +110,7 @@ def jupyter_server(folder: Path) -> Iterator[JupyterServer]:
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
         "IPYTHONDIR": str(home / "ipython"),
         "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
     }
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}"]
     command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={root}"]
@@ -188,8 +210,33 @@ class Lab:
     def run_all(self) -> None:
         """Run all cells and wait until each has ended; a cell that raised fails the test."""
         self.execute("notebook:run-all-cells")
-        self.page.wait_for_function(CELLS_DONE, arg=None)
+        self.wait_for_cells()
+
+    def run_cell(self, index: int) -> None:
+        """Start one cell and bring it into view."""
+        self.show_cell(index)
+        self.execute("notebook:run-cell")
+
+    def show_cell(self, index: int) -> None:
+        """Scroll to a cell: those far outside the window are not part of the page."""
+        self.page.evaluate(SHOW_CELL, index)
+
+    def wait_for_cells(self, count: int | None = None) -> None:
+        """Until every code cell, or each of the first `count`, has ended; one that raised fails the test."""
+        self.page.wait_for_function(CELLS_DONE, arg=count)
         self.check_cells()
+
+    def prompt(self, index: int) -> str:
+        """What stands before a cell: its number, or `*` while it waits or runs."""
+        return self.page.evaluate(PROMPT, index) or ""
+
+    def outputs(self, index: int) -> list[dict[str, Any]]:
+        """The outputs of a cell as the notebook would store them."""
+        return self.page.evaluate(OUTPUTS, index)
+
+    def kernel_value(self, expression: str) -> Any:
+        """A plain value computed in the kernel once it is idle."""
+        return ast.literal_eval(self.page.evaluate(KERNEL_VALUE, expression))
 
     def check_cells(self) -> None:
         errors = self.page.evaluate(CELL_ERRORS)

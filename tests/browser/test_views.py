@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from playwright.sync_api import Browser, expect
 
 from tests.browser import recorded
+from tests.browser.heatmap import check_heatmap
 from tests.browser.jupyter import JupyterServer, Lab, write_notebook
 from workbench.record import Controls, RunWriter
-from workbench.widgets.colors import color_table
 
 CELLS = (
     "from workbench.widgets import cache, dashboard\ndashboard('runs/run-001')",
     "from workbench.train.recipes import toy_v3\ncache(toy_v3().model, live=True)",
 )
-
-STORED_TYPES = """() => window.jupyterapp.shell.currentWidget.content.widgets[0].model.outputs.toJSON()
-    .map((output) => Object.keys(output.data))"""
 
 
 @pytest.fixture
@@ -44,17 +40,17 @@ def test_dashboard(browser: Browser, server: JupyterServer, writer: RunWriter, t
 
     # The pixels are the colours of the recorded loads, and change with them.
     wait_for_step(lab, 30)
-    before = check_heatmap(lab, 30)
+    before = check_step(lab, 30)
     recorded.write_steps(writer, 31, 60)
     wait_for_step(lab, 60)
-    assert check_heatmap(lab, 60) != before
+    assert check_step(lab, 60) != before
 
     # The slider by keyboard: one step back is the load of that step; End follows the newest again.
     slider = view.get_by_label("Step shown")
     slider.focus()
     page.keyboard.press("ArrowLeft")
     wait_for_step(lab, 59)
-    check_heatmap(lab, 59)
+    check_step(lab, 59)
     expect(slider).to_have_attribute("aria-valuetext", "59")
     page.keyboard.press("End")
     wait_for_step(lab, 60)
@@ -114,9 +110,9 @@ def test_dashboard(browser: Browser, server: JupyterServer, writer: RunWriter, t
     writer.status("finished")
     page.locator(".js-plotly-plot").first.wait_for()
     expect(view).to_have_count(0)
-    stored = page.evaluate(STORED_TYPES)
-    assert len(stored) == 1 and "application/vnd.jupyter.widget-view+json" not in stored[0]
-    assert {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"} <= set(stored[0])
+    (stored,) = lab.outputs(0)
+    assert "application/vnd.jupyter.widget-view+json" not in stored["data"]
+    assert {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"} <= set(stored["data"])
 
     # The other view of the notebook: settings by keyboard, a bad one is one line.
     # Tall enough for both: JupyterLab takes cells far below the window out of the page.
@@ -139,16 +135,9 @@ def wait_for_step(lab: Lab, step: int) -> None:
     )
 
 
-def check_heatmap(lab: Lab, step: int) -> list[list[int]]:
+def check_step(lab: Lab, step: int) -> list[list[int]]:
     """The values behind the canvas and the colours on it are those of the recorded load; the colours are returned."""
-    load = recorded.load(step)
-    relative = load / load.mean(1, keepdims=True)
     # A frame is drawn at once with the title, so the pixels are there when the title is.
     found = lab.heatmap(lab.view("dashboard"))
-    assert found["detail"] == load.ravel().tolist()
-    np.testing.assert_allclose(found["values"], relative.ravel(), rtol=1e-6)
-    table = np.frombuffer(color_table(), np.uint8).reshape(256, 3)
-    # JavaScript rounds halves upwards.
-    index = np.floor(255 * np.clip(np.asarray(found["values"]) / 2, 0, 1) + 0.5).astype(int)
-    assert found["rgb"] == table[index].tolist()
+    check_heatmap(found, recorded.load(step))
     return found["rgb"]

@@ -194,8 +194,7 @@ class RunWriter:
             raise ValueError(f"state {state!r} must be one of {', '.join(allowed)}")
         with self._lock:
             self._require_open()
-            self._set_state(state, message)
-            self._flush()
+            self._commit_state(state, message)
 
     def flush(self) -> None:
         """Commit everything written so far."""
@@ -214,7 +213,7 @@ class RunWriter:
             self._closed = True
             try:
                 if self._state[0] in LIVE_STATES:
-                    self._set_state("stopped", self._state[1])
+                    self._commit_state("stopped", self._state[1])
                 self._flush()
                 self._compact()
             finally:
@@ -243,9 +242,11 @@ class RunWriter:
         self._step = step
         self.history.add(event)
 
-    def _set_state(self, state: str, message: str) -> None:
+    def _commit_state(self, state: str, message: str) -> None:
+        """Commit first: who sees "paused" in memory finds every step before it on the disk."""
         self._pending.status = self._pending.status or self._state != (state, message)
         self._state = (state, message)
+        self._flush()
         self.history.set_status(state, message)
 
     def _require_open(self) -> None:

@@ -24,7 +24,9 @@ def dashboard(run: Source | str | Path, live: bool | None = None) -> View:
     replay = Replay(source)
 
     def build(snapshot: Snapshot, values: Mapping[str, Any]) -> list[Primitive]:
+        # The loads come next to the loss: what belongs together, and the most worth watching, fits on the first screen.
+        loss, *others = curve_primitives(snapshot)
         loads = routing_primitives(snapshot, *replay.load(snapshot, values))
-        return [*curve_primitives(snapshot), *loads, validation_table(snapshot)]
+        return [loss, *loads, *others, validation_table(snapshot)]
 
     return View(RunContent("dashboard", source, build, replay=True, steering=True), live)

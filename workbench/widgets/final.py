@@ -134,6 +134,7 @@ class _Panel:
                 opacity=0.35 if line.faint else 1.0,
                 line={"color": line_color(line.color), "width": 1 if line.faint else 2},
                 marker={"size": 6},
+                cliponaxis=not line.points,
                 hover=f"{escape(line.name)}<br>{escape(primitive.x_label)} %{{x}}<br>%{{y:.5g}}",
             )
         spikes = [m for m in primitive.markers if m.kind == "spike" and np.isfinite(m.y)]
@@ -220,7 +221,8 @@ class _Panel:
                 },
             }
         )
-        self.text(escape(primitive.z_label), x=1, at=1, shift=(12, 13), color=SOFT)
+        # Its right end above that of the colour bar: the margin has room for the bar's words alone.
+        self.text(escape(primitive.z_label), x=1, at=1, shift=(22, 13), color=SOFT, anchor="right")
         if primitive.marked_YX is not None and primitive.marked_YX.any():
             marked_rows, marked_columns = np.nonzero(primitive.marked_YX)
             self._scatter(
@@ -308,7 +310,17 @@ class _Panel:
         self.picture.layout[self.x_key] = shared | line | {"anchor": self.y, "domain": [0, 1]} | x
         self.picture.layout[self.y_key] = shared | {"anchor": self.x, "domain": [self.low, self.high]} | y
 
-    def text(self, text: str, *, x: float, at: float, shift: tuple[int, int], color: str = INK, size: int = 12) -> None:
+    def text(
+        self,
+        text: str,
+        *,
+        x: float,
+        at: float,
+        shift: tuple[int, int],
+        color: str = INK,
+        size: int = 12,
+        anchor: str = "left",
+    ) -> None:
         self.picture.add_annotation(
             text=text,
             showarrow=False,
@@ -318,7 +330,7 @@ class _Panel:
             y=self.low + at * (self.high - self.low),
             xshift=shift[0],
             yshift=shift[1],
-            xanchor="left",
+            xanchor=anchor,
             yanchor="middle",
             align="left",
             font={"color": color, "size": size},

@@ -146,15 +146,18 @@ class Panel {
 
   xTicks(axis) {
     const { box, theme } = this, base = box.y + box.h;
-    let free = -1e9;
     this.rule(box.x, base, box.x + box.w, base, theme.soft);
-    axis.ticks.forEach((tick, i) => {
-      const x = this.px(tick), half = this.c.measureText(axis.tickLabels[i]).width / 2;
-      this.rule(x, base, x, base + 4, theme.soft);
-      if (x - half < free) return;
-      this.text(axis.tickLabels[i], x, base + 13, theme.soft, "center");
-      free = x + half + 8;
+    const ticks = axis.ticks.map((tick, i) => {
+      const words = axis.tickLabels[i];
+      return { x: this.px(tick), words, half: this.c.measureText(words).width / 2 + 4 };
     });
+    // Every label, or every second, third, ..: evenly spaced, whatever the width.
+    const named = (stride) => ticks.filter((_, i) => i % stride === 0);
+    const fits = (shown) => shown.every((t, i) => !i || t.x - t.half >= shown[i - 1].x + shown[i - 1].half);
+    let stride = 1;
+    while (!fits(named(stride))) stride++;
+    for (const t of ticks) this.rule(t.x, base, t.x, base + 4, theme.soft);
+    for (const t of named(stride)) this.text(t.words, t.x, base + 13, theme.soft, "center");
     this.text(axis.label, box.x + box.w / 2, base + 31, theme.soft, "center");
   }
 
@@ -181,7 +184,8 @@ class Panel {
     }
     c.save();
     c.beginPath();
-    c.rect(box.x, box.y - 3, box.w + 4, box.h + 6);
+    // Room for half a dot beyond the axes.
+    c.rect(box.x - 4, box.y - 4, box.w + 8, box.h + 8);
     c.clip();
     for (const line of this.series) {
       c.strokeStyle = c.fillStyle = this.hue(line.color);

@@ -71,7 +71,8 @@ class Lines:
         return not any(len(line.x) for line in self.lines)
 
     def x_axis(self) -> Axis:
-        xs = [line.x for line in self.lines]
+        # A change is marked at the first step that it holds for, which may be still to come.
+        xs = [line.x for line in self.lines] + [[marker.x for marker in self.markers]]
         return fit(xs, label=self.x_label, scale=self.x_scale, unit=self.x_unit, tight=True)
 
     def y_axis(self) -> Axis:
