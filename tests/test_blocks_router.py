@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from workbench.blocks.balance import batch_balance_loss, choice_counts, sequence_balance_loss, updated_bias
-from workbench.blocks.router import Router, Routing
+from workbench.blocks.router import Router, Routing, best
 from workbench.model.initial import initialize
 
 
@@ -70,6 +70,12 @@ def test_group_scores_by_hand() -> None:
     by_best_two = logits_router(group_score="top2")(probabilities.log())
     assert sorted(by_best_two.indices[0].tolist()) == [2, 3]
     torch.testing.assert_close(by_best_two.weights[0].sort().values, torch.tensor([0.25, 0.3]))
+
+
+def test_equal_scores_choose_the_lowest_index() -> None:
+    assert best(torch.zeros(1, 64), 4).tolist() == [[0, 1, 2, 3]]
+    assert best(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), 3).tolist() == [[1, 3, 2]]
+    assert make()(torch.zeros(2, 16)).indices.tolist() == [[0, 1, 2]] * 2
 
 
 def test_bias_moves_the_choice_and_never_the_mixture() -> None:

@@ -96,6 +96,23 @@ def test_cached_equals_full(name: str, pieces: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_cache_may_be_narrower_than_the_model(name: str) -> None:
+    decoder, tokens = make(name)
+    cache = decoder.new_cache(2, 20, torch.float32)
+    logits = torch.cat([decoder(part, cache).logits for part in tokens.split([12, *[1] * 8], dim=1)], dim=1)
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits, decoder(tokens).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_positions_end_with_the_window() -> None:
+    decoder, _ = make("mixed layers, two depths")
+    with pytest.raises(ValueError, match="65 tokens are more than max_position_embeddings=64"):
+        decoder(torch.zeros(1, 65, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"max_new_tokens=5 must lie in 1..4 after this prompt"):
+        generate(decoder, torch.zeros(1, 60, dtype=torch.int64), 5)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_lookahead_extends_every_depth_to_all_positions(name: str) -> None:
     decoder, tokens = make(name)
     depths = decoder.config.num_nextn_predict_layers

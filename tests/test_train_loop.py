@@ -13,6 +13,7 @@ from tiny import tiny_recipe
 from workbench.train.events import Change, Checkpoint, Evaluation, Event, Step
 from workbench.train.loop import train
 from workbench.train.recipes import AuxiliaryLoss, LossFreeBias, NoBalance, Recipe
+from workbench.train.schedule import WarmupCosine
 from workbench.train.state import TrainState
 
 
@@ -101,6 +102,21 @@ def test_a_change_holds_from_the_next_update_on() -> None:
     )
     assert np.abs(told[3].bias_LE - told[2].bias_LE).max() == pytest.approx(0.5)
     assert losses_of(told[:4]) == losses_of(plain[:4]) and losses_of(told) != losses_of(plain)
+
+
+def test_a_change_during_warmup_is_held_and_never_multiplied() -> None:
+    schedule = WarmupCosine(warmup_steps=4)
+    told = steps_of(send(tiny_recipe(steps=8, schedule=schedule), {1: Change(learning_rate=1e-3)}))
+    assert [s.learning_rate for s in told[1:4]] == [1e-3] * 3
+    after = [s.learning_rate for s in told[4:]]
+    assert after == sorted(after, reverse=True) and after[0] < 1e-3
+    assert after[0] == pytest.approx(1e-3 * schedule.factor(5, 8))
+
+
+def test_a_balance_speed_where_nothing_balances_by_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="balance_speed has no effect in this run"):
+        send(tiny_recipe(balance=NoBalance()), {1: Change(balance_speed=0.1)})
+    assert {s.balance_speed for s in steps_of(list(train(tiny_recipe(balance=AuxiliaryLoss()))))} == {0.0}
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])

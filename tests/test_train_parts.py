@@ -92,6 +92,9 @@ def test_warmup_stable_decay_schedule() -> None:
         ),
         (lambda: tiny_recipe(steps=0), "steps=0 must be a whole number above 0"),
         (lambda: tiny_recipe(seed=-1), "seed=-1 must be"),
+        (lambda: tiny_recipe(seed=2**70), "must be a whole number in 0..2"),
+        (lambda: tiny_recipe(sample_prompt=""), "sample_prompt='' must hold text"),
+        (lambda: tiny_recipe(num_threads=0), "num_threads=0 must be a whole number above 0, or None"),
     ],
 )
 def test_bad_settings_get_one_line(make, message: str) -> None:
@@ -167,7 +170,35 @@ def test_what_cannot_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyP
     memory.refuse_what_cannot_fit(tiny_recipe())
     assert memory.estimate_bytes(toy_v3()) > 16 * 10_000_000
     assert memory.estimate_bytes(tiny_recipe(batch_size=8)) > memory.estimate_bytes(tiny_recipe(batch_size=4))
+    long = tiny_recipe(sequence_length=128)
+    assert memory.estimate_bytes(long) > 3 * memory.estimate_bytes(tiny_recipe()) / 2
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None)
+    memory.refuse_what_cannot_fit(tiny_recipe())
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1_000_000)
     with pytest.raises(ValueError, match=r"tiny needs about .* GB on cpu, 0.0 GB are free; make batch_size") as caught:
         memory.refuse_what_cannot_fit(tiny_recipe())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "device='gpu' must be cpu, cuda"),
+        ("meta", "device='meta' must be cpu, cuda"),
+        ("cuda:99", "device='cuda:99' is not on this machine"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        memory.refuse_what_cannot_fit(tiny_recipe(device=device))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_container_limit_counts(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.container_bytes() is None
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert memory.container_bytes() == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.container_bytes() is None

@@ -8,7 +8,8 @@ One letter per axis, the same everywhere; a tensor in the code is called `meanin
     N  flattened tokens             K  query/key head width     M  prediction depth
     1  a kept axis                  U  value head width         V  vocabulary
                                     R  rotary width             L  layers
-                                    C  latent width
+                                    C  latent width             J  expert groups
+                                    X  several axes in one      I  experts per group
 
 Inside `workbench_kernels`, matrix products keep BLAS's M, N, K.
 

@@ -16,7 +16,7 @@ from workbench_kernels.tier import resolve
 
 _BLOCK_ROWS = 64
 # The blockwise form keeps half of every T x S matrix for backward; beyond this many keys torch's flash form is used.
-_LONGEST_KEPT = 1024
+LONGEST_KEPT = 1024
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, impl: str = "auto") -> Tensor:
@@ -27,7 +27,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *,
         key: [B, S, G, K] with S >= T; G divides H, and H / G consecutive query heads share a key/value head.
         value: [B, S, G, U].
         scale: multiplies the products before the softmax, whose statistics are float32 or wider.
-        impl: "auto", "reference" or "fused"; see `workbench_kernels.tier`.
+        impl: "auto", "reference" or "fused"; see `workbench_kernels.tier`. Where other ops take their definition,
+            `auto` is torch's flash form: the definition makes T x S matrices.
 
     Returns:
         [B, T, H, U] in the dtype of the inputs.
@@ -36,9 +37,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *,
         ValueError: shapes or dtypes do not fit.
     """
     _check(query, key, value)
-    if resolve("causal_attention", impl, query.device) == "reference":
+    tier = resolve("causal_attention", impl, query.device, query.dtype)
+    if impl == "reference":
         return reference(query, key, value, scale)
-    if key.shape[1] <= _LONGEST_KEPT:
+    if tier == "torch" and key.shape[1] <= LONGEST_KEPT:
         return _causal_attention(query, key, value, scale)[0]
     return flash(query, key, value, scale)
 
@@ -183,10 +185,13 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     query, key, value, scale = inputs
     ctx.scale = scale
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # otherwise a zero gradient of what is kept is made for every backward
     ctx.save_for_backward(query, key, value, output[1])
 
 
-def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
     return *_causal_attention_grad(grad, *ctx.saved_tensors, ctx.scale), None
 
 

@@ -24,7 +24,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, *, impl: str = "auto") -
         ValueError: shapes or dtypes do not fit, or `offs` decreases or ends beyond M.
     """
     _check(x, weight, offs)
-    if resolve("grouped_mm", impl, x.device) == "reference":
+    if resolve("grouped_mm", impl, x.device, x.dtype) == "reference":
         return reference(x, weight, offs)
     return _grouped_mm(x, weight, offs)
 

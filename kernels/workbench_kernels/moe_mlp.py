@@ -26,13 +26,13 @@ def moe_mlp(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor
 
     Returns:
         [N, K] in the dtype of `x`. The gradient of an expert that no token chose is exactly zero.
-        For backward the torch form keeps the gate and up products [M, 2F] and, nothing else as large.
+        For backward the torch form keeps the gate and up products [M, 2F] and nothing else as large.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or an index lies outside 0..E-1.
     """
     _check(x, w13, w2, indices, weights)
-    if resolve("moe_mlp", impl, x.device) == "reference":
+    if resolve("moe_mlp", impl, x.device, x.dtype) == "reference":
         return reference(x, w13, w2, indices, weights)
     return _moe_mlp(x, w13, w2, indices, weights)[0]
 
@@ -185,11 +185,14 @@ def _mix(rows_MK: Tensor, row_NA: Tensor, weights_NA: Tensor | None) -> Tensor:
 def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     x, w13, w2, _, weights = inputs
     _, gate_up, pair, row, offs = output
-    ctx.mark_non_differentiable(pair, row, offs)
+    ctx.mark_non_differentiable(gate_up, pair, row, offs)
+    ctx.set_materialize_grads(False)  # otherwise a zero gradient of what is kept is made for every backward
     ctx.save_for_backward(x, w13, w2, weights, gate_up, pair, row, offs)
 
 
-def _backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
     grad_x, grad_w13, grad_w2, grad_weights = _moe_mlp_grad(grad, *ctx.saved_tensors)
     return grad_x, grad_w13, grad_w2, None, grad_weights
 

@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Te
         raise ValueError(f"x {list(x.shape)} must be [..., D] and weight {list(weight.shape)} [D] with D > 0")
     if x.dtype != weight.dtype or not x.is_floating_point():
         raise ValueError(f"x ({x.dtype}) and weight ({weight.dtype}) must have one floating dtype")
-    tier = resolve("rms_norm", impl, x.device)
+    tier = resolve("rms_norm", impl, x.device, x.dtype)
     if tier == "reference":
         return reference(x, weight, eps)
     return _rms_norm(x, weight, eps, tier == "fused")[0]
@@ -98,10 +98,13 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, fused: bool) -> tup
 def _save(ctx, inputs: tuple[Tensor, Tensor, float, bool], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, ctx.fused = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, output[1])
 
 
-def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
     return *_rms_norm_grad(grad, *ctx.saved_tensors, ctx.fused), None, None
 
 

@@ -8,12 +8,14 @@ import torch
 Tier = Literal["reference", "torch", "fused"]
 
 FUSED_OPS = frozenset({"rms_norm"})  # ops with a Triton twin in fused/
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def resolve(op: str, impl: str, device: torch.device) -> Tier:
+def resolve(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Tier:
     """Turn the caller's `impl` into the form of `op` that runs on `device`.
 
-    `auto` is the fast torch form on a CPU, and elsewhere the Triton twin, or the definition of an op that has none yet;
+    `auto` is the fast torch form on a CPU; elsewhere the Triton twin, and the definition where there can be none: of an
+    op that has no twin yet, in a dtype that twins do not take, or on a system without Triton.
     `reference` is the definition anywhere; `fused` is the Triton twin, on a CPU only inside Triton's interpreter.
 
     Raises:
@@ -25,9 +27,10 @@ def resolve(op: str, impl: str, device: torch.device) -> Tier:
         return "reference"
     if impl == "auto" and device.type == "cpu":
         return "torch"
+    has_twin = op in FUSED_OPS and dtype in FUSED_DTYPES and find_spec("triton") is not None
+    if impl == "auto" and not (has_twin and device.type == "cuda"):
+        return "reference"
     if op not in FUSED_OPS:
-        if impl == "auto":
-            return "reference"
         raise ValueError(f"{op} has no fused tier yet; pass impl='auto' or 'reference'")
     if find_spec("triton") is None:
         raise ValueError(f"the fused tier of {op} needs Triton, which is not installed; pass impl='reference'")

@@ -1,4 +1,7 @@
-"""What a decoder keeps of the past, per layer: tensors allocated once, filled from the left."""
+"""What a decoder keeps of the past, per layer: tensors allocated once, filled from the left.
+
+A cache may be narrower than the model: it rounds what it keeps, and hands it back in the dtype of what came in.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class KeyValueCache:
         self.key[:, self.length : end] = key
         self.value[:, self.length : end] = value
         self.length = end
-        return self.key[:, :end], self.value[:, :end]
+        return self.key[:, :end].to(key.dtype), self.value[:, :end].to(value.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +79,7 @@ class LatentCache:
         self.latent[:, self.length : end] = latent
         self.key_rope[:, self.length : end] = key_rope
         self.length = end
-        return self.latent[:, :end], self.key_rope[:, :end]
+        return self.latent[:, :end].to(latent.dtype), self.key_rope[:, :end].to(key_rope.dtype)
 
     @property
     def nbytes(self) -> int:

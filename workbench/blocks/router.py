@@ -67,18 +67,18 @@ class Router(nn.Module):
         return Routing(indices_NA, weights_NA * self.routed_scaling_factor, scores_NE, load_E)
 
     def choose(self, biased_scores: Float[Tensor, "N E"]) -> Int[Tensor, "N A"]:
-        """The best experts by biased score within the best groups."""
+        """The best experts by biased score within the best groups; of equals, the lowest index."""
         if self.topk_group < self.n_group:
             biased_scores = self.mask_groups(biased_scores)
-        return biased_scores.topk(self.num_experts_per_tok, dim=-1).indices
+        return best(biased_scores, self.num_experts_per_tok)
 
     def mask_groups(self, biased_scores: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
         """Set the scores outside each token's best groups to minus infinity: a biased score may be below 0."""
-        grouped = biased_scores.unflatten(-1, (self.n_group, -1))
-        group_scores = grouped.topk(self.experts_per_group_score, dim=-1).values.sum(-1)
-        kept = group_scores.topk(self.topk_group, dim=-1).indices
-        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, kept, False)
-        return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(-2)
+        scores_NJI = biased_scores.unflatten(-1, (self.n_group, -1))
+        group_scores_NJ = scores_NJI.topk(self.experts_per_group_score, dim=-1).values.sum(-1)
+        kept_NA = best(group_scores_NJ, self.topk_group)
+        dropped_NJ = torch.ones_like(group_scores_NJ, dtype=torch.bool).scatter(1, kept_NA, False)
+        return scores_NJI.masked_fill(dropped_NJ.unsqueeze(-1), -torch.inf).flatten(-2)
 
     def _apply(self, fn, recurse=True):
         """Keep the bias at float32 or wider when the module is cast."""
@@ -87,6 +87,11 @@ class Router(nn.Module):
         if self.e_score_correction_bias.dtype in (torch.bfloat16, torch.float16):
             self.e_score_correction_bias = before.to(self.e_score_correction_bias.device)
         return self
+
+
+def best(scores: Float[Tensor, "N E"], count: int) -> Int[Tensor, "N A"]:
+    """Indices of the `count` largest scores, largest first; of equals the lowest index, on every device."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 def _softmax_over_experts(logits: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:

@@ -64,8 +64,8 @@ class DecoderCache:
 class Decoder(nn.Module):
     """A causal language model built from `config.layers`, with freshly drawn weights.
 
-    Weights are drawn from the global torch generator: seed it first. Keys of the state dict are those of the
-    published checkpoints without their leading `model.`; selection biases are buffers.
+    Weights are drawn from the global torch generator: seed it first. Keys of the state dict are those of the model in
+    `transformers` without their leading `model.` (experts stacked); MTP layers and selection biases have their own.
     """
 
     def __init__(self, config: spec.ModelConfig) -> None:
@@ -94,9 +94,14 @@ class Decoder(nn.Module):
 
         `lookahead` holds the tokens after the last, as many as there are prediction depths: with them every depth
         predicts at all T positions; without them depth k covers T-k. With a cache no depth runs.
+
+        Raises:
+            ValueError: more tokens than `max_position_embeddings`, or than the cache has room for.
         """
         first = 0 if cache is None else cache.length
-        turns = self.rotations(torch.arange(first, first + tokens.shape[1], device=tokens.device))
+        last, window = first + tokens.shape[1], self.config.max_position_embeddings
+        spec.require(last <= window, f"{last} tokens are more than max_position_embeddings={window}")
+        turns = self.rotations(torch.arange(first, last, device=tokens.device))
         hidden_BTD = self.embed_tokens(tokens)
         routing: list[Routing | None] = []
         caches = [None] * len(self.layers) if cache is None else cache.layers

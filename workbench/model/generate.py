@@ -41,6 +41,8 @@ def generate(
     require(max_new_tokens > 0, f"max_new_tokens={max_new_tokens} must be above 0")
     require(temperature >= 0, f"temperature={temperature} must be 0 or more")
     require(0 < top_p <= 1, f"top_p={top_p} must lie in (0, 1]")
+    room = decoder.config.max_position_embeddings - tokens.shape[1]
+    require(max_new_tokens <= room, f"max_new_tokens={max_new_tokens} must lie in 1..{room} after this prompt")
     draws = torch.Generator(device=tokens.device).manual_seed(seed)
     cache = decoder.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
     new_BT = tokens

@@ -107,8 +107,9 @@ def write_sample(decoder: Decoder, exam: Examination, recipe: Recipe, step: int)
     """A continuation of the recipe's prompt, drawn with a seed of its own (nothing when none is asked for)."""
     if recipe.sample_tokens == 0:
         return ""
-    room = recipe.model.max_position_embeddings - len(exam.prompt)
-    prompt = torch.from_numpy(exam.prompt).long()[None].to(recipe.device)
+    kept = exam.prompt[: recipe.model.max_position_embeddings - 1]
+    room = recipe.model.max_position_embeddings - len(kept)
+    prompt = torch.from_numpy(kept).long()[None].to(recipe.device)
     generation = generate(
         decoder, prompt, min(recipe.sample_tokens, room), temperature=0.8, top_p=0.95, seed=recipe.seed + step
     )

@@ -66,9 +66,15 @@ def train(
 
 
 def apply_change(change: Change | None, state: TrainState) -> None:
-    """Take over what the consumer sent; it holds from the next update on."""
+    """Take over what the consumer sent; it holds from the next update on.
+
+    Raises:
+        ValueError: a balance speed is set where no bias balances.
+    """
     if change is None:
         return
+    if change.balance_speed is not None and state.balance_speed is None:
+        raise ValueError("balance_speed has no effect in this run: only LossFreeBias balances by a speed")
     if change.learning_rate is not None:
         state.learning_rate_anchor = (state.step + 1, change.learning_rate)
     if change.balance_speed is not None:
@@ -76,12 +82,17 @@ def apply_change(change: Change | None, state: TrainState) -> None:
 
 
 def learning_rate(recipe: Recipe, state: TrainState, step: int) -> float:
-    """The learning rate of update `step`: the schedule, rescaled to pass through the last change if there was one."""
+    """The learning rate of update `step`: the schedule, rescaled to pass through the last change if there was one.
+
+    A change during warm-up ends it: the value is held until the peak would have been reached.
+    """
     factor = recipe.schedule.factor(step, recipe.steps)
     if state.learning_rate_anchor is None:
         return recipe.optimizer.learning_rate * factor
     since, value = state.learning_rate_anchor
-    at_change = recipe.schedule.factor(since, recipe.steps)
+    if step <= recipe.schedule.warmup_steps:
+        return value
+    at_change = recipe.schedule.factor(max(since, recipe.schedule.warmup_steps), recipe.steps)
     return value * (factor / at_change) if at_change > 0 else value
 
 
@@ -126,7 +137,7 @@ def update(recipe: Recipe, state: TrainState, batches: Batches, byte_lengths: np
         total_loss_nats=total,
         nats_per_byte=summed["next_token"] * recipe.tokens_per_step / max(1, num_bytes),
         learning_rate=rate,
-        balance_speed=state.balance_speed,
+        balance_speed=state.balance_speed or 0.0,
         grad_norm=grad_norm,
         layer_names=tuple(name for name, _ in recipe.model.expert_layers()),
         load_LE=load_LE.to(torch.int32).cpu().numpy(),
@@ -201,6 +212,6 @@ def move_biases(recipe: Recipe, state: TrainState, load_LE: Tensor) -> Tensor:
         return torch.zeros(0, 0)
     for router, load_E in zip(routers, load_LE, strict=True):
         bias = router.e_score_correction_bias
-        if isinstance(recipe.balance, LossFreeBias) and state.balance_speed > 0:
+        if isinstance(recipe.balance, LossFreeBias) and state.balance_speed:
             bias.copy_(updated_bias(bias, load_E, speed=state.balance_speed, centred=recipe.balance.centred))
     return torch.stack([router.e_score_correction_bias for router in routers])

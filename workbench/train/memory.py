@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
 from workbench.model.config import GroupedQueryAttention, LatentAttention, LayerConfig, MixtureOfExperts
 from workbench.model.count import parameters
 from workbench.train.recipes import Recipe
+from workbench_kernels.causal_attention import LONGEST_KEPT
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def estimate_bytes(recipe: Recipe) -> int:
@@ -22,8 +27,14 @@ def estimate_bytes(recipe: Recipe) -> int:
     weights = (count.total + count.mtp) * (4 * 4 + copies)
     layers = (*recipe.model.layers, *recipe.model.mtp_layers)
     per_token = sum(kept_numbers_per_token(layer, recipe.model.hidden_size) for layer in layers) * compute_bytes
+    per_token += sum(kept_weights_per_query(layer, recipe.sequence_length) for layer in layers) * compute_bytes
     logits = 3 * 4 * recipe.model.vocab_size * recipe.lookahead
     return weights + recipe.sequence_length * recipe.batch_size * (per_token + logits)
+
+
+def kept_weights_per_query(layer: LayerConfig, sequence_length: int) -> int:
+    """Attention weights that the backward of one layer needs per query: half a row, up to the length that is kept."""
+    return layer.attention.num_attention_heads * sequence_length // 2 if sequence_length <= LONGEST_KEPT else 0
 
 
 def kept_numbers_per_token(layer: LayerConfig, hidden_size: int) -> int:
@@ -47,25 +58,53 @@ def kept_numbers_per_token(layer: LayerConfig, hidden_size: int) -> int:
     return inside + wide + 6 * hidden_size
 
 
-def available_bytes(device: str) -> int:
-    """Memory that a new process could take now: of the GPU, or of the machine (what Linux calls available)."""
+def available_bytes(device: str) -> int | None:
+    """Memory that a new process could take now, of the GPU or of the machine; None where the system does not say.
+
+    On Linux that is what the kernel calls available, within the limit of a container.
+    """
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(torch.device(device))[0]
-    if os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+    if MEMINFO.exists():
+        known = dict(line.split(":") for line in MEMINFO.read_text(encoding="ascii").splitlines())
+        free, limit = int(known["MemAvailable"].split()[0]) * 1024, container_bytes()
+        return free if limit is None else min(free, limit)
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    raise ValueError("this system does not say how much memory it has")
+    return None
+
+
+def container_bytes() -> int | None:
+    """What a container's limit leaves; None without one."""
+    if not (CGROUP / "memory.max").exists():
+        return None
+    limit = (CGROUP / "memory.max").read_text().strip()
+    return None if limit == "max" else int(limit) - int((CGROUP / "memory.current").read_text())
 
 
 def refuse_what_cannot_fit(recipe: Recipe) -> None:
-    """Raise `ValueError`, in one line, when the recipe needs more memory than there is."""
+    """Raise `ValueError`, in one line, when the recipe's device is not there or has too little memory."""
+    refuse_missing_device(recipe.device)
     needed, available = estimate_bytes(recipe), available_bytes(recipe.device)
-    if needed > available:
+    if available is not None and needed > available:
         raise ValueError(
             f"{recipe.name} needs about {needed / 1e9:.1f} GB on {recipe.device}, {available / 1e9:.1f} GB are free;"
             " make batch_size, sequence_length or the model smaller"
         )
+
+
+def refuse_missing_device(device: str) -> None:
+    """Raise `ValueError`, in one line, unless torch can compute on `device`."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device={device!r} must be cpu, cuda, cuda:0, .. or mps") from None
+    present = {
+        "cpu": lambda: True,
+        "cuda": lambda: (torch.device(device).index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available,
+    }
+    if kind not in present:
+        raise ValueError(f"device={device!r} must be cpu, cuda, cuda:0, .. or mps")
+    if not present[kind]():
+        raise ValueError(f"device={device!r} is not on this machine; device='cpu' always is")

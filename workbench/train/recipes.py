@@ -28,7 +28,10 @@ class NoBalance:
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryLoss:
-    """Add `coefficient` times the balance loss of every expert layer, judged per batch or per sequence."""
+    """Add `coefficient` times the balance loss of every expert layer, judged per batch or per sequence.
+
+    With accumulation, a batch is what one pass reads, not the whole update.
+    """
 
     coefficient: float = 0.01
     per: Literal["batch", "sequence"] = "batch"
@@ -106,9 +109,17 @@ class Recipe:
         require(self.z_weight >= 0, f"z_weight={self.z_weight} must be 0 or more")
         require(self.sample_tokens >= 0, f"sample_tokens={self.sample_tokens} must be 0 or more")
         require(self.dtype in ("float32", "bfloat16"), f"dtype={self.dtype!r} must be one of float32, bfloat16")
-        require(type(self.seed) is int and self.seed >= 0, f"seed={self.seed!r} must be a whole number, 0 or more")
         require(
-            self.num_threads is None or self.num_threads > 0, f"num_threads={self.num_threads} must be above 0, or None"
+            type(self.seed) is int and 0 <= self.seed < 2**63,
+            f"seed={self.seed!r} must be a whole number in 0..2**63-1",
+        )
+        require(
+            self.sample_tokens == 0 or self.sample_prompt != "",
+            "sample_prompt='' must hold text (or sample_tokens be 0)",
+        )
+        require(
+            self.num_threads is None or (type(self.num_threads) is int and self.num_threads > 0),
+            f"num_threads={self.num_threads!r} must be a whole number above 0, or None",
         )
         counts = {experts.n_routed_experts for _, experts in self.model.expert_layers()}
         require(

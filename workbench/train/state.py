@@ -16,7 +16,8 @@ class TrainState:
     """Model, optimizer moments, counters and what was changed on the way.
 
     The data position is `step` itself: batches are a pure function of it. Training draws no random numbers after the
-    initial weights, so there is no generator to keep. `learning_rate_anchor` is the last change (its step and value).
+    initial weights, so there is no generator to keep. `learning_rate_anchor` is the last change (its step and value);
+    `balance_speed` is None where no bias balances.
     With a bfloat16 recipe `decoder` computes and `master` holds the float32 weights that the optimizer moves.
     """
 
@@ -33,7 +34,7 @@ class TrainState:
         self.step = 0
         self.tokens_seen = 0
         self.learning_rate_anchor: tuple[int, float] | None = None
-        self.balance_speed = recipe.balance.speed if isinstance(recipe.balance, LossFreeBias) else 0.0
+        self.balance_speed = recipe.balance.speed if isinstance(recipe.balance, LossFreeBias) else None
         self.recent_losses: list[float] = []
 
     def parts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
