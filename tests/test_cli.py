@@ -130,6 +130,21 @@ def test_train_and_then_list_rename_delete(tmp_path: Path, give_recipe: Callable
     assert list(root.iterdir()) == []
 
 
+def test_a_stopped_run_goes_on_and_prints_its_new_evaluations(tmp_path: Path, give_recipe: Callable[..., None]):
+    give_recipe()
+    folder = str(tmp_path / "first")
+    assert call("train", "tiny", "--folder", folder, "-s", "3").exit_code == 0
+    done = call("train", "--resume", folder)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+    assert "first has made 3 of 3 steps" in done.stderr
+    result = call("train", "--resume", folder, "-s", "9")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"{folder}: from step 3 of 9"
+    assert [line.split(" of ")[0].split() for line in lines[1:-1]] == [["step", "6"], ["step", "9"]]
+    assert lines[-1] == f"finished at step 9 of 9: {folder}"
+
+
 def test_a_failed_run_is_one_line(tmp_path: Path, give_recipe: Callable[..., None]):
     give_recipe(optimizer=AdamW(learning_rate=1e30))
     result = call("train", "tiny", "--folder", str(tmp_path / "first"))
@@ -185,6 +200,10 @@ app(["train", "tiny", "--folder", "first"])
         (["lab", "absent.ipynb"], "there is no notebook absent.ipynb"),
         (["train", "toy_v4"], "there is no recipe 'toy_v4'; there are: "),
         (["train", "toy_v3", "-s", "0"], "steps=0"),
+        (["train"], "train takes either a recipe"),
+        (["train", "toy_v3", "--resume", "a"], "train takes either a recipe"),
+        (["train", "--folder", "b", "--resume", "a"], "train takes either a recipe"),
+        (["train", "--resume", "absent"], "is not a run folder"),
         (["train", "toy_v3", "-s", "x"], "Invalid value for '-s' / '--steps'"),
         (["normalize", "absent.ipynb"], "there is no notebook absent.ipynb"),
         (["runs", "rename", "absent", "b"], "absent"),

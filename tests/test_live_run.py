@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,16 @@ import torch
 from tiny import tiny_recipe
 
 from workbench import live
+from workbench.live.last_event import last_event
 from workbench.live.launch import stop_running
 from workbench.record import Controls, Snapshot, Source, Tail, checkpoint
 from workbench.record.database import connect
-from workbench.text import InductionTask, Mixture, ModularArithmeticTask, Text, load
+from workbench.text import Files, InductionTask, Mixture, ModularArithmeticTask, Text, load
+from workbench.train.events import Change, Checkpoint, Evaluation, Spike, Step
+from workbench.train.loop import apply_change, train
 from workbench.train.recipes import Recipe
+from workbench.train.spikes import SpikeDetector
+from workbench.train.state import TrainState
 
 PATIENCE = 60.0
 
@@ -162,6 +168,22 @@ def test_an_existing_folder_is_refused_and_the_run_goes_on(tmp_path, text):
     assert run.wait_for(is_paused, PATIENCE).status == "paused"
 
 
+def test_a_start_that_cannot_be_stops_no_run_and_makes_no_folder(tmp_path, text):
+    run = live.start(tiny(), tmp_path / "run", text=text, paused=True)
+    narrow = tiny(model=replace(tiny().model, vocab_size=200))
+    unreadable = tiny(text=Mixture({Files(str(tmp_path / "absent.txt")): 1.0}))
+    nowhere = tiny(device=f"cuda:{torch.cuda.device_count()}")
+    for recipe, given, said in (
+        (narrow, text, "vocab_size=200 must be the tokenizer's 256"),
+        (unreadable, None, "absent.txt"),
+        (nowhere, text, "device='cuda:[0-9]+' is not on this machine"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            live.start(recipe, tmp_path / "other", text=given)
+    assert not (tmp_path / "other").exists()
+    assert run.wait_for(is_paused, PATIENCE).status == "paused"
+
+
 def test_what_cannot_be_learned_from_is_refused_before_anything_is_made(tmp_path, text):
     with pytest.raises(ValueError, match=r"tiny needs about .* GB"):
         live.start(tiny(batch_size=2**30), tmp_path / "run", text=text)
@@ -202,11 +224,44 @@ def test_observers_are_told_once_and_do_not_hide_each_other(tmp_path, text):
     run.on_end(fail)
     run.on_end(lambda: told.append(("third", threading.current_thread().name)))
     run.resume()
-    assert run.wait(PATIENCE) == "finished"
+    with pytest.warns(RuntimeWarning, match="run: an observer of its end failed: RuntimeError: a view that cannot"):
+        assert run.wait(PATIENCE) == "finished"
     assert told == [("first", "finished"), ("third", "run run")]
     assert [str(error) for error in run.observer_errors] == ["a view that cannot draw"]
+    assert "1 observers of its end failed" in repr(run)
     run.on_end(lambda: told.append(("late", threading.current_thread().name)))
     assert told[2:] == [("late", threading.current_thread().name)]
+
+
+def test_an_observer_may_wait_for_its_run_and_start_the_next(tmp_path, text):
+    first = live.start(tiny(steps=2), tmp_path / "first", text=text, paused=True)
+    said: list[object] = []
+
+    def go_on() -> None:
+        said.append(first.wait())
+        with pytest.raises(RuntimeError, match="ended before the awaited state came"):
+            first.wait_for(lambda now: now.step == 3)
+        said.append(live.start(tiny(steps=1), tmp_path / "second", text=text).wait(PATIENCE))
+
+    first.on_end(go_on)
+    first.resume()
+    assert first.wait(PATIENCE) == "finished"
+    assert (said, first.observer_errors) == (["finished", "finished"], ())
+
+
+def test_an_observer_may_start_a_run_while_another_start_waits_for_the_end(tmp_path, text):
+    first = live.start(tiny(), tmp_path / "first", text=text, paused=True)
+    by_observer: list[live.Run] = []
+    first.on_end(lambda: by_observer.append(live.start(tiny(), tmp_path / "second", text=text, paused=True)))
+    by_us: list[live.Run] = []
+    starting = threading.Thread(
+        target=lambda: by_us.append(live.start(tiny(), tmp_path / "third", text=text, paused=True)), daemon=True
+    )
+    starting.start()
+    starting.join(PATIENCE)
+    assert by_us, "still waiting"
+    first.wait(PATIENCE)
+    assert sorted(run.status == "stopped" for run in (by_observer[0], by_us[0])) == [False, True]
 
 
 def test_an_interrupt_of_wait_stops_the_run_with_a_checkpoint(tmp_path, text):
@@ -256,3 +311,35 @@ def test_a_process_that_ends_stops_its_run_with_a_checkpoint(tmp_path, text):
     now = Tail(tmp_path / "run").snapshot()
     assert (now.status, now.message) == ("stopped", "its process ended")
     assert checkpoint.latest(tmp_path / "run") == now.step >= 2
+
+
+def test_a_held_run_never_stands_between_the_events_of_one_update(tmp_path, text):
+    run = live.start(tiny(steps=6, evaluate_every=2, checkpoint_every=3), tmp_path / "run", text=text, paused=True)
+    evaluated = {0: [0], 1: [0], 2: [0, 2], 3: [0, 2], 4: [0, 2, 4], 5: [0, 2, 4]}
+    for step in range(1, 6):
+        run.step()
+        now = run.wait_for(paused_at(step), PATIENCE)
+        assert [evaluation.step for evaluation in now.evaluations] == evaluated[step]
+        assert checkpoint.latest(run.folder) == step // 3 * 3
+
+
+def test_the_last_event_of_an_update_is_told_as_train_gives_it(text):
+    recipe = tiny(steps=60, evaluate_every=5, checkpoint_every=7)
+    state = TrainState(recipe)
+    events = train(recipe, state, text)
+    assert isinstance(next(events), Evaluation)
+    threshold, event = SpikeDetector([]).threshold(), next(events)
+    seen = set()
+    while event is not None:
+        assert isinstance(event, Step)
+        expected, last, following = last_event(recipe, event, threshold), event, None
+        # The weights are spoilt once, so that the loss leaves its band.
+        if event.step == 31:
+            apply_change(Change(learning_rate=1.0), state)
+        threshold = SpikeDetector(state.recent_losses).threshold()
+        while (following := next(events, None)) is not None and not isinstance(following, Step):
+            last = following
+        assert type(last) is expected, event.step
+        seen.add(expected)
+        event = following
+    assert seen == {Step, Spike, Evaluation, Checkpoint}

@@ -266,6 +266,9 @@ def test_a_resumed_record_equals_an_uninterrupted_one(
             writer.write(event)
         writer.status("finished")
     if cut == 120:
+        # Given to the very state that the run goes on from; the Stop that it never saw is gone.
+        assert tail.snapshot().changes == ((121, "learning_rate", 0.5),)
+        assert rows(tmp_path / "cut", "SELECT kind, applied_step FROM controls") == [("set", 121)]
         assert tail.load_at(120).tolist() == [[77] * 4] * 2
         return
     for table in ("scalars", "evaluations", "samples", "spikes", "changes", "controls", "segments"):
@@ -281,6 +284,34 @@ def test_a_resumed_record_equals_an_uninterrupted_one(
             k: v for k, v in expected.items() if k not in other
         }
     assert rows(tmp_path / "cut", "SELECT at_step FROM sessions") == [(0,), (cut,)]
+
+
+def test_reopen_keeps_what_was_set_for_the_next_step_and_no_other_control(tmp_path: Path) -> None:
+    with create(tmp_path / "run") as writer:
+        controls = record.Controls(tmp_path / "run")
+        for step in (1, 2, 3):
+            controls.pause()
+            controls.set(learning_rate=step / 8)
+            for control in controls.pending():
+                writer.applied(control.id, step)
+            writer.write(step_event(step))
+    with record.RunWriter.reopen(tmp_path / "run", 1) as writer:
+        kept = ((1, "learning_rate", 0.125), (2, "learning_rate", 0.25))
+        assert writer.history.snapshot().changes == record.Tail(tmp_path / "run").snapshot().changes == kept
+        applied = rows(tmp_path / "run", "SELECT kind, applied_step FROM controls ORDER BY id")
+        assert applied == [("pause", 1), ("set", 1), ("set", 2)]
+
+
+def test_a_balance_speed_is_refused_where_no_bias_balances(tmp_path: Path) -> None:
+    with create(tmp_path / "run"):
+        controls = record.Controls(tmp_path / "run")
+        (tmp_path / "run" / "recipe.json").write_text('{"balance": {"kind": "AuxiliaryLoss"}}')
+        with pytest.raises(ValueError, match="run balances by AuxiliaryLoss: it has no balance_speed to set"):
+            controls.set(balance_speed=0.1, learning_rate=0.1)
+        controls.set(learning_rate=0.1)
+        (tmp_path / "run" / "recipe.json").write_text('{"balance": {"kind": "LossFreeBias"}}')
+        controls.set(balance_speed=0.1)
+        assert len(controls.pending()) == 2
 
 
 def test_reopen_refuses_a_step_beyond_the_record_and_takes_more_steps(tmp_path: Path) -> None:

@@ -137,23 +137,24 @@ def tour(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A function of workbench.train.recipes, such as toy_v3.")],
+    recipe: Annotated[str | None, typer.Argument(help="A function of workbench.train.recipes, such as toy_v3.")] = None,
     folder: Annotated[Path | None, typer.Option(help="The new run folder; runs/RECIPE-001 and on by default.")] = None,
     steps: Annotated[int | None, typer.Option("-s", "--steps", help="Updates, in place of the recipe's.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="FOLDER", help="Go on with this run, in place of a recipe.")
+    ] = None,
 ) -> None:
-    """Train a recipe and print one line per evaluation. Ctrl-C stops it with a checkpoint.
+    """Train a recipe, or go on with a run, and print one line per evaluation. Ctrl-C stops it with a checkpoint.
 
     Example: workbench train toy_v3 --folder runs/first -s 200
     """
-    chosen = _recipe(recipe)
-    if steps is not None:
-        chosen = replace(chosen, steps=steps)
-
-    from workbench import live, record
-
-    target = folder or record.fresh_folder(Path("runs"), chosen.name)
-    training = live.start(chosen, target)
-    typer.echo(f"{chosen.name}: {chosen.steps} steps into {target}")
+    match recipe, resume:
+        case str(), None:
+            training, target = _start(recipe, folder, steps)
+        case None, Path() if folder is None:
+            training, target = _resume(resume, steps), resume
+        case _:
+            raise ValueError("train takes either a recipe, with or without --folder, or --resume FOLDER")
     try:
         ended = _follow(training)
     except KeyboardInterrupt:
@@ -295,6 +296,28 @@ def _value(name: str, text: str, default: Any) -> Any:
         raise ValueError(f"{name}={text!r} must be of type {type(default).__name__}") from None
 
 
+def _start(recipe: str, folder: Path | None, steps: int | None) -> tuple[Run, Path]:
+    chosen = _recipe(recipe)
+    if steps is not None:
+        chosen = replace(chosen, steps=steps)
+
+    from workbench import live, record
+
+    target = folder or record.fresh_folder(Path("runs"), chosen.name)
+    training = live.start(chosen, target)
+    typer.echo(f"{chosen.name}: {chosen.steps} steps into {target}")
+    return training, target
+
+
+def _resume(folder: Path, steps: int | None) -> Run:
+    from workbench import live
+
+    training = live.resume(folder, steps=steps)
+    began = training.began_with
+    typer.echo(f"{folder}: from step {began.step} of {began.total_steps}")
+    return training
+
+
 def _recipe(name: str) -> Recipe:
     from workbench.train import recipes
 
@@ -319,8 +342,8 @@ def _notebooks(paths: list[Path]) -> list[Path]:
 
 
 def _follow(training: Run) -> Snapshot:
-    """Print every evaluation as it comes; returns when the run has ended."""
-    told = 0
+    """Print every new evaluation as it comes; returns when the run has ended."""
+    told = len(training.began_with.evaluations)
     while True:
         now = training.wait_for(lambda snapshot, told=told: snapshot.ended or len(snapshot.evaluations) > told)
         for evaluation in now.evaluations[told:]:

@@ -1,7 +1,8 @@
 """Time every op beside plain torch, after checking that it is right: one JSON line per measurement.
 
-On a CPU the fast torch forms are timed, on a GPU the Triton twins. Candidates of one case take turns, so that a
-slow moment of the machine hits all of them; `of_ceiling` compares with a rate measured in the same process.
+On a CPU the fast torch forms are timed, on a GPU the Triton twins of those ops that have one. Candidates of one case
+take turns, so that a slow moment of the machine hits all of them; `of_ceiling` compares with a rate measured in the
+same process.
 
     python kernels/bench/run.py                          # this machine, all ops
     python kernels/bench/run.py --op moe_mlp --rounds 51
@@ -21,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench_kernels import grouped_mm, moe_mlp, rms_norm
+from workbench_kernels import causal_attention, grouped_mm, moe_mlp, rms_norm
+from workbench_kernels.causal_attention import flash
+from workbench_kernels.causal_attention import reference as causal_attention_reference
 from workbench_kernels.grouped_mm import reference as grouped_mm_reference
 from workbench_kernels.moe_mlp import reference as moe_mlp_reference
 from workbench_kernels.moe_mlp import sort_by_expert
@@ -60,6 +63,11 @@ def composed_moe_mlp(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weight
 
 def torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, EPS)
+
+
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
 
 
 EPS = 1e-6
@@ -113,7 +121,32 @@ def rms_norm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         )
 
 
-CASES = {"grouped_mm": grouped_mm_cases, "moe_mlp": moe_mlp_cases, "rms_norm": rms_norm_cases}
+def causal_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    heads, key_width, value_width = 8, 48, 32
+    scale = key_width**-0.5
+    for sequences, length in ((8, 256), (2, 1024)):
+        query, key = torch.randn(2, sequences, length, heads, key_width).to(device, dtype)
+        value = torch.randn(sequences, length, heads, value_width).to(device, dtype)
+        work = 1.0 * sequences * heads * length * (length + 1) * (key_width + value_width)  # what a query may see
+        yield Case(
+            *("causal_attention", f"B={sequences} T={length} H={heads} K={key_width} U={value_width}"),
+            *((query, key, value), lambda q, k, v: causal_attention(q, k, v, scale)),
+            lambda q, k, v: causal_attention_reference(q, k, v, scale),
+            {
+                "definition": lambda q, k, v: causal_attention_reference(q, k, v, scale),
+                "F.scaled_dot_product_attention": lambda q, k, v: torch_attention(q, k, v, scale),
+                "F.scaled_dot_product_attention, values padded": lambda q, k, v: flash(q, k, v, scale),
+            },
+            *("matmul", work, 2 * work),
+        )
+
+
+CASES = {
+    "causal_attention": causal_attention_cases,
+    "grouped_mm": grouped_mm_cases,
+    "moe_mlp": moe_mlp_cases,
+    "rms_norm": rms_norm_cases,
+}
 
 
 def results(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:

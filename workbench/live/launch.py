@@ -15,11 +15,12 @@ import torch
 
 from workbench.live.run import Run
 from workbench.model.decoder import Decoder
-from workbench.record import LIVE_STATES, Controls, RunWriter, Tail, checkpoint, validate_name
+from workbench.record import LIVE_STATES, Controls, RunWriter, Snapshot, Tail, checkpoint, validate_name
 from workbench.record.database import connect, read_meta
 from workbench.text import Text, load
 from workbench.train.events import Change
-from workbench.train.memory import refuse_what_cannot_fit
+from workbench.train.loop import apply_change
+from workbench.train.memory import refuse_missing_device, refuse_what_cannot_fit
 from workbench.train.recipes import Recipe
 from workbench.train.state import TrainState
 
@@ -31,22 +32,25 @@ _runs: list[Run] = []
 
 
 def start(recipe: Recipe, folder: str | Path, *, paused: bool = False, text: Text | None = None) -> Run:
-    """Train `recipe` in the background and record it in the new `folder`; a run of this process is stopped first.
+    """Train `recipe` in the background and record it in the new `folder`; a run of this process is stopped before.
 
     Returns as soon as the text is loaded, which takes seconds once it is cached (`text`: none at all, if it was loaded
-    before). Mistakes in the recipe's text are so told here and not by a run that fails. With `paused` the run waits
-    before it does anything. When the process ends, the run is stopped with a checkpoint.
+    before). Mistakes are so told here and not by a run that fails, nor is the earlier run stopped for them. With
+    `paused` the run waits before it does anything. When the process ends, the run is stopped with a checkpoint.
 
     Raises:
-        ValueError: the folder exists or its name is not allowed, the recipe cannot fit into memory, or its text cannot
-            be read.
+        ValueError: the folder exists or its name is not allowed, the recipe's device is not there, its text cannot be
+            read or has another vocabulary than the model, or it cannot fit into memory.
     """
     folder = Path(folder).absolute()
     validate_name(folder.parent, folder.name)
+    refuse_missing_device(recipe.device)
+    text = load(recipe.text, recipe.tokenizer) if text is None else text
+    refuse_other_vocabulary(recipe, text)
     with _lock:
+        # The memory of the earlier run is needed, so that this alone is told when that has ended.
         stop_running("another run was started")
         refuse_what_cannot_fit(recipe)
-        text = load(recipe.text, recipe.tokenizer) if text is None else text
         experts = recipe.model.expert_layers()
         writer = RunWriter.create(
             folder,
@@ -64,6 +68,7 @@ def start(recipe: Recipe, folder: str | Path, *, paused: bool = False, text: Tex
 def resume(
     folder: str | Path,
     *,
+    step: int | None = None,
     change: Change | None = None,
     steps: int | None = None,
     paused: bool = False,
@@ -72,35 +77,51 @@ def resume(
 ) -> Run:
     """Continue the run in `folder` from its newest checkpoint, exactly as if it had never stopped.
 
-    What was recorded after that checkpoint is dropped and made again, without the controls that were given meanwhile.
-    `change` applies from the first step on. `steps` is a new total, which moves the rest of the schedule; it is
+    What was recorded after that checkpoint is dropped and made again, without the controls that were given meanwhile;
+    what was set at the checkpoint's own step acts again. `step` chooses an earlier checkpoint, such as the last intact
+    one. `change` applies from the first step on. `steps` is a new total, which moves the rest of the schedule; it is
     recorded. `take_over` seizes the folder of a process on another machine, which must surely have ended.
 
     Raises:
-        ValueError: not a run folder; it is being trained elsewhere; it has no intact checkpoint or no step left; its
-            text reads differently from when it was started; the saved state does not fit the recipe.
+        ValueError: not a run folder; it is being trained elsewhere; that checkpoint is not there or damaged; no step is
+            left; its text reads differently from when it was started; the saved state does not fit the recipe; `change`
+            sets what this run has not.
     """
     folder = Path(folder).absolute()
     with _lock:
-        stop_running("another run was resumed")
+        # If it is the run of this process, its last checkpoint is still to come; another one goes on until all is known
+        # to be well but the memory, which it may hold.
+        stop_running("it was resumed", folder=folder)
         before = Tail(folder).snapshot()
         if before.status in LIVE_STATES and not take_over:
             raise ValueError(f"{folder.name} is {before.status}, written by another trainer; stop that first")
         recipe = Recipe.from_json((folder / "recipe.json").read_text())
         recipe = replace(recipe, steps=before.total_steps if steps is None else steps)
-        refuse_what_cannot_fit(recipe)
-        step, tensors, values = checkpoint.load(folder)
+        refuse_missing_device(recipe.device)
+        step, tensors, values = checkpoint.load(folder, step)
         if step >= recipe.steps:
             raise ValueError(f"{folder.name} has made {step} of {recipe.steps} steps; pass a larger `steps` to go on")
         text = load(recipe.text, recipe.tokenizer) if text is None else text
         refuse_other_text(folder, text)
+        stop_running("another run was resumed")
+        refuse_what_cannot_fit(recipe)
         state = TrainState.from_parts(recipe, tensors, values)
+        # Refused now or not at all; what it does to the state, its control does once more and records it.
+        apply_change(change, state)
         writer = RunWriter.reopen(
             folder, step, total_steps=recipe.steps, hardware=hardware(recipe), take_over=take_over
         )
+        set_again(writer.history.snapshot(), state)
         if change is not None:
             Controls(folder).set(learning_rate=change.learning_rate, balance_speed=change.balance_speed)
         return hold(Run(writer, recipe, text, state, paused=paused))
+
+
+def set_again(recorded: Snapshot, state: TrainState) -> None:
+    """Apply what was set for the step after that of `state`: its checkpoint may be older than that."""
+    for step, name, value in recorded.changes:
+        if step == state.step + 1:
+            apply_change(Change(**{name: value}), state)
 
 
 def decoder(folder: str | Path, step: int | None = None) -> Decoder:
@@ -124,10 +145,19 @@ def hold(run: Run) -> Run:
     return run
 
 
-def stop_running(reason: str, timeout: float | None = None) -> None:
-    """Stop the run of this process, if there is one that has not ended, and wait for it."""
-    for run in _runs:
-        run.halt(reason, timeout)
+def stop_running(reason: str, timeout: float | None = None, *, folder: Path | None = None) -> None:
+    """Stop the run of this process (given `folder`: if that is its folder), unless it has ended, and wait for it."""
+    for run in tuple(_runs):
+        if folder in (None, run.folder):
+            run.halt(reason, timeout)
+
+
+def refuse_other_vocabulary(recipe: Recipe, text: Text) -> None:
+    """Raise `ValueError`, in one line, unless the model has a row for every token of `text` and no other."""
+    if text.tokenizer.vocab_size != recipe.model.vocab_size:
+        raise ValueError(
+            f"the model's vocab_size={recipe.model.vocab_size} must be the tokenizer's {text.tokenizer.vocab_size}"
+        )
 
 
 def refuse_other_text(folder: Path, text: Text) -> None:

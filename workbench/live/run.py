@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from workbench.live.last_event import last_event
 from workbench.live.mailbox import Mailbox
+from workbench.live.observers import Observers
 from workbench.live.pace import Pace
 from workbench.record import Controls, RunWriter, Snapshot, checkpoint
 from workbench.text import Text
 from workbench.train.events import Checkpoint, Evaluation, Event, Step
 from workbench.train.loop import apply_change, train
 from workbench.train.recipes import Recipe
+from workbench.train.spikes import SpikeDetector
 from workbench.train.state import TrainState
 
 # How often a paused run looks for the controls of other processes; those of this process wake it at once.
@@ -43,21 +47,22 @@ class Run:
         self._pace = Pace(paused=paused)
         self._controls = Controls(writer.folder)
         self._mailbox = Mailbox(writer.folder)
-        self._evaluated_step = max((known.step for known in writer.history.snapshot().evaluations), default=-1)
+        self._began_with = writer.history.snapshot()
         self._halted: str | None = None
         self._wake = threading.Event()
         self._news = threading.Condition()
-        self._observers: list[Callable[[], None]] = []
-        self._observer_errors: tuple[BaseException, ...] = ()
-        self._observers_called = False
+        self._observers = Observers()
         self._error: BaseException | None = None
-        self._ended = threading.Event()
+        # First the record is closed, then the observers are told: they may start the next run or wait for this one.
+        self._closed = threading.Event()
+        self._told = threading.Event()
         self._thread = threading.Thread(target=self._live, args=(state,), name=f"run {self.folder.name}", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:
         now = self.snapshot()
-        return f"<Run {now.name}: {now.status}, step {now.step} of {now.total_steps}>"
+        failed = f", {len(self.observer_errors)} observers of its end failed" if self.observer_errors else ""
+        return f"<Run {now.name}: {now.status}, step {now.step} of {now.total_steps}{failed}>"
 
     @property
     def folder(self) -> Path:
@@ -81,8 +86,13 @@ class Run:
 
     @property
     def observer_errors(self) -> tuple[BaseException, ...]:
-        """What observers of the end raised; neither the run nor the other observers noticed."""
-        return self._observer_errors
+        """What observers of the end raised: the run and the other observers did not notice, `wait` warns of it."""
+        return self._observers.errors
+
+    @property
+    def began_with(self) -> Snapshot:
+        """What was recorded when it began: for a resumed run, everything up to its checkpoint."""
+        return self._began_with
 
     def snapshot(self) -> Snapshot:
         """Everything so far, from memory."""
@@ -131,15 +141,12 @@ class Run:
 
     def on_end(self, callback: Callable[[], None]) -> None:
         """Call `callback` once when the run has ended, on the run's thread; at once when it already has."""
-        with self._news:
-            if not self._observers_called:
-                self._observers.append(callback)
-                return
-        callback()
+        self._observers.add(callback)
 
     def wait(self, timeout: float | None = None) -> str:
-        """Wait for the end, at most `timeout` seconds; returns the status. A paused run does not end by itself.
+        """Wait for the end and its observers, at most `timeout` seconds; returns the status.
 
+        A paused run does not end by itself. An observer of the end that failed is a warning, not an error of the run.
         An interrupt (Ctrl-C, the notebook's stop button) stops the run with a checkpoint before it goes on upwards, so
         that nothing trains unseen; `resume(folder)` continues it. A second interrupt does not wait for that.
 
@@ -147,10 +154,14 @@ class Run:
             BaseException: whatever ended the run, if it failed.
         """
         try:
-            ended = self._await_end(timeout)
+            # An observer that waits must not wait for itself.
+            ended = _await(self._closed if threading.current_thread() is self._thread else self._told, timeout)
         except KeyboardInterrupt:
             self.halt("interrupted")
             raise
+        for error in self.observer_errors:
+            told = f"{self.folder.name}: an observer of its end failed: {type(error).__name__}: {error}"
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
         if ended and self._error is not None:
             raise self._error
         return self.status
@@ -165,7 +176,7 @@ class Run:
         return self.wait()
 
     async def _ended_soon(self) -> None:
-        while not self._ended.is_set():
+        while not self._told.is_set():
             await asyncio.sleep(_POLL_SECONDS)
 
     def wait_for(self, condition: Callable[[Snapshot], bool], timeout: float | None = None) -> Snapshot:
@@ -183,7 +194,7 @@ class Run:
             return condition(seen)
 
         with self._news:
-            if not self._news.wait_for(lambda: met() or self._ended.is_set(), timeout):
+            if not self._news.wait_for(lambda: met() or self._closed.is_set(), timeout):
                 raise TimeoutError(f"{self!r}: the awaited state did not come within {timeout} s")
         if not condition(seen):
             raise RuntimeError(f"{self!r} ended before the awaited state came") from self._error
@@ -193,17 +204,11 @@ class Run:
         """Stop with a checkpoint for a reason other than a control, and wait for it; whether it has ended in time.
 
         It needs no row in the database, so that it works when the disk is full. Nothing happens when the run has ended.
+        Observers are not waited for: one of them may be what stops the run, to start another.
         """
         self._halted = reason
         self._wake.set()
-        return self._await_end(timeout)
-
-    def _await_end(self, timeout: float | None) -> bool:
-        """Whether the thread has done everything within `timeout` seconds."""
-        until = float("inf") if timeout is None else monotonic() + timeout
-        while not self._ended.is_set() and (left := until - monotonic()) > 0:
-            self._ended.wait(min(_SLICE_SECONDS, left))
-        return self._ended.is_set()
+        return _await(self._closed, timeout)
 
     def _live(self, state: TrainState | None) -> None:
         """The thread: train, close the record, tell the observers."""
@@ -217,10 +222,10 @@ class Run:
             self._writer.close()
         except BaseException as error:  # noqa: BLE001
             self._fail(error)
-        self._call_observers()
-        self._ended.set()
-        with self._news:
-            self._news.notify_all()
+        self._closed.set()
+        self._publish()
+        self._observers.tell()
+        self._told.set()
 
     def _train(self, state: TrainState | None) -> tuple[str, str]:
         """Make steps until nothing is left or somebody stops it; returns the final status and message."""
@@ -228,18 +233,30 @@ class Run:
         # A run that is killed before its first checkpoint falls due can be resumed, too.
         self._save(state)
         events = train(self._recipe, state, self._text)
-        while self._may_go_on(state):
-            event = next(events, None)
-            if event is None:
-                return "finished", ""
-            self._take(event)
-        self._save(state)
-        return "stopped", self._halted or ""
+        while state.step < self._recipe.steps:
+            if not self._may_go_on(state):
+                self._save(state)
+                return "stopped", self._halted or ""
+            self._make_step(events, state)
+        return "finished", ""
+
+    def _make_step(self, events: Generator[Event, Any], state: TrainState) -> None:
+        """Take every event of one update, so that a run never stands between two of them; or the evaluation of step 0.
+
+        A run that was left in between would go on without the rest.
+        """
+        spike_threshold = SpikeDetector(state.recent_losses).threshold()
+        event = next(events)
+        self._take(event)
+        if isinstance(event, Step):
+            last = last_event(self._recipe, event, spike_threshold)
+            while not isinstance(event, last):
+                event = next(events)
+                assert event.step == state.step and not isinstance(event, Step)
+                self._take(event)
 
     def _may_go_on(self, state: TrainState) -> bool:
         """Follow the controls, waiting while they say so; False when they end the run."""
-        if state.step == self._recipe.steps:
-            return True  # Nothing is left to steer: the last evaluation and checkpoint are still to come.
         while True:
             self._wake.clear()
             for control in self._mailbox.pending():
@@ -259,7 +276,7 @@ class Run:
 
     def _take(self, event: Event) -> None:
         """Record one event and publish it."""
-        if isinstance(event, Evaluation) and event.step <= self._evaluated_step:
+        if isinstance(event, Evaluation) and event.step in (known.step for known in self._began_with.evaluations):
             return  # A run resumed at step 0 begins with the evaluation that it has already recorded.
         self._writer.write(event)
         if isinstance(event, Checkpoint):
@@ -300,13 +317,10 @@ class Run:
         except BaseException as second:  # noqa: BLE001
             error.add_note(f"then, while the run was being closed: {second}")
 
-    def _call_observers(self) -> None:
-        """Tell everybody who asked; none can keep the others from being told."""
-        with self._news:
-            observers, self._observers = self._observers, []
-            self._observers_called = True
-        for observer in observers:
-            try:
-                observer()
-            except BaseException as error:  # noqa: BLE001
-                self._observer_errors += (error,)
+
+def _await(event: threading.Event, timeout: float | None) -> bool:
+    """Whether `event` comes within `timeout` seconds."""
+    until = float("inf") if timeout is None else monotonic() + timeout
+    while not event.is_set() and (left := until - monotonic()) > 0:
+        event.wait(min(_SLICE_SECONDS, left))
+    return event.is_set()

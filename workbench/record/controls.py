@@ -56,9 +56,12 @@ class Controls:
         """Ask for other values from the next step on; None leaves a value as it is.
 
         Raises:
-            ValueError: see `Change`.
+            ValueError: see `Change`; or a balance speed is set where no bias balances.
         """
-        self._send("set", Change(learning_rate=learning_rate, balance_speed=balance_speed))
+        change = Change(learning_rate=learning_rate, balance_speed=balance_speed)
+        if balance_speed is not None:
+            self._refuse_without_bias()
+        self._send("set", change)
 
     def pending(self) -> tuple[Control, ...]:
         """What has been sent and not yet applied, oldest first. About 0.1 ms: the trainer asks before every step."""
@@ -87,6 +90,13 @@ class Controls:
             connection.executemany("INSERT INTO changes (step, name, value) VALUES (?, ?, ?)", changes)
             connection.execute("UPDATE status SET commits = commits + 1")
         return changes
+
+    def _refuse_without_bias(self) -> None:
+        # Refused here, where somebody reads it, and not by the trainer, whom it would end.
+        recipe = loads((self._folder / "recipe.json").read_bytes())
+        balance = recipe.get("balance", {}).get("kind")
+        if balance not in (None, "LossFreeBias"):
+            raise ValueError(f"{self._folder.name} balances by {balance}: it has no balance_speed to set")
 
     def _send(self, kind: ControlKind, change: Change | None = None) -> None:
         value = dumps({} if change is None else _plain(change))

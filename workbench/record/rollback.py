@@ -25,6 +25,7 @@ def drop_after(
 ) -> None:
     """Drop everything recorded after `at_step` and begin a new session.
 
+    What was set before step `at_step + 1` stays: it was given to the very state that the run goes on from.
     Killed in between, the folder is either as before or dropped; files that are no longer listed are deleted last.
 
     Raises:
@@ -38,9 +39,12 @@ def drop_after(
     kept = _segments_until(connection, folder, at_step)
     with transaction(connection, "IMMEDIATE"):
         claim.require(connection, folder)
-        for table in ("scalars", "evaluations", "samples", "spikes", "changes"):
+        for table in ("scalars", "evaluations", "samples", "spikes"):
             connection.execute(f"DELETE FROM {table} WHERE step > ?", (at_step,))
-        connection.execute("DELETE FROM controls WHERE applied_step IS NULL OR applied_step > ?", (at_step,))
+        connection.execute("DELETE FROM changes WHERE step > ?", (at_step + 1,))
+        connection.execute(
+            "DELETE FROM controls WHERE applied_step IS NULL OR applied_step > ? + (kind = 'set')", (at_step,)
+        )
         connection.execute("DELETE FROM segments")
         rows = [(segment.first, segment.last, segment.file) for segment in kept]
         connection.executemany("INSERT INTO segments VALUES (?, ?, ?)", rows)

@@ -109,8 +109,9 @@ class RunWriter:
         """Continue a run after `at_step`, the step of a checkpoint. Everything recorded later is dropped.
 
         Dropped are scalars, loads, evaluations, samples, spikes, changes and checkpoints of later steps, and controls
-        that were applied later or not at all: a Stop that a killed run never saw must not stop its successor. What the
-        run continues in (`hardware`, versions, source) is kept in the table `sessions`.
+        that were applied later or not at all: a Stop that a killed run never saw must not stop its successor. What was
+        set between `at_step` and the next step stays, for the trainer to apply again. What the run continues in
+        (`hardware`, versions, source) is kept in the table `sessions`.
 
         Raises:
             ValueError: not a run folder; another living writer holds it; `at_step` is not in 0..newest recorded step.

@@ -207,7 +207,11 @@ def v3_style(
 
 
 def toy_v3() -> Recipe:
-    """A V3-style model of about 10M parameters on the standard library: code, with one part prose in four."""
+    """A V3-style model of about 10M parameters on the standard library: code, with one part prose in four.
+
+    About 4 minutes on two quiet cores of a 2024 server, 8 on busy ones (`tests/benchmarks/toy_v3.py`); validation 2.07
+    nats per byte where counting pairs of bytes gives 2.60.
+    """
     return Recipe(
         name="toy_v3",
         model=v3_style(
@@ -231,7 +235,7 @@ def toy_v3() -> Recipe:
 
 
 def small_v3() -> Recipe:
-    """A V3-style model of about 50M parameters over byte pairs, for an evening on a laptop or minutes on a GPU."""
+    """A V3-style model of about 50M parameters over byte pairs. Not run to its end yet: no time and loss are known."""
     vocab_size = 4096
     return Recipe(
         name="small_v3",
