@@ -56,7 +56,7 @@ def nothing_left_running():
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
-    """A run whose process changed the learning rate after 5 steps and at a checkpoint, and was killed after `KILLED`."""
+    """A run whose process changed the learning rate after 5 and `SAVED` steps and was killed after `KILLED`."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     script = f"""
 import os, signal, sys

@@ -63,6 +63,7 @@ def test_tour(browser: Browser, server: JupyterServer) -> None:
     expect(view.locator(".wb-note")).to_contain_text("From the next step on: learning rate 1.25e-4.")
     now = wait_for(lab, record, lambda now: bool(now.changes))
     assert now.changes == ((paused_at + 1, "learning_rate", 1.25e-4),)
+    lab.check_cells()
     assert (now.status, now.step, lab.prompt(wait)) == ("paused", paused_at, "*")
 
     # Step: one, with the new learning rate; then it stands still again, and the view shows it.

@@ -48,7 +48,7 @@ def start(recipe: Recipe, folder: str | Path, *, paused: bool = False, text: Tex
     text = load(recipe.text, recipe.tokenizer) if text is None else text
     refuse_other_vocabulary(recipe, text)
     with _lock:
-        # The memory of the earlier run is needed, so that this alone is told when that has ended.
+        # The new run may need the memory of the earlier one, so only this is found out when that has ended.
         stop_running("another run was started")
         refuse_what_cannot_fit(recipe)
         experts = recipe.model.expert_layers()
@@ -89,8 +89,8 @@ def resume(
     """
     folder = Path(folder).absolute()
     with _lock:
-        # If it is the run of this process, its last checkpoint is still to come; another one goes on until all is known
-        # to be well but the memory, which it may hold.
+        # The run of this process ends now if it is the one to resume: its last checkpoint is still to come. Another one
+        # ends when everything is known to be well but the memory, which it may hold.
         stop_running("it was resumed", folder=folder)
         before = Tail(folder).snapshot()
         if before.status in LIVE_STATES and not take_over:
@@ -106,7 +106,7 @@ def resume(
         stop_running("another run was resumed")
         refuse_what_cannot_fit(recipe)
         state = TrainState.from_parts(recipe, tensors, values)
-        # Refused now or not at all; what it does to the state, its control does once more and records it.
+        # So that a change that is refused drops nothing; its control does the same once more and records it.
         apply_change(change, state)
         writer = RunWriter.reopen(
             folder, step, total_steps=recipe.steps, hardware=hardware(recipe), take_over=take_over
