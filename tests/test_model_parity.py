@@ -8,6 +8,7 @@ import pytest
 import torch
 from deepseek_v3_reference import lift_float32_casts, reference_with_weights_of
 
+from workbench.blocks.norm import RMSNorm
 from workbench.blocks.router import Router
 from workbench.model.config import (
     DenseFeedForward,
@@ -66,6 +67,8 @@ def make(config: ModelConfig, dtype: torch.dtype) -> Decoder:
     torch.manual_seed(7)
     decoder = Decoder(config).to(dtype)
     for module in decoder.modules():
+        if isinstance(module, RMSNorm):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)  # equal gains would hide that two were swapped
         if isinstance(module, Router):
             module.e_score_correction_bias.normal_(std=0.5)
     return decoder

@@ -116,6 +116,9 @@ def test_it_runs_and_its_report_is_self_contained(executed_and_report: tuple[nbf
         figures = page.locator(".js-plotly-plot:visible, .jp-RenderedSVG:visible").all()
         assert len(figures) >= len(views)
         assert min(map(drawn, figures), default=1.0) > 0.01
+        # Axes alone are drawn as well.
+        data = [plot.locator(".trace, .hm, .table").count() for plot in page.locator(".js-plotly-plot").all()]
+        assert all(data), data
 
 
 def drawn(figure: Locator) -> float:

@@ -19,7 +19,7 @@ from workbench.record import LIVE_STATES, Controls, RunWriter, Snapshot, Tail, c
 from workbench.record.database import connect, read_meta
 from workbench.text import Text, load
 from workbench.train.events import Change
-from workbench.train.loop import apply_change
+from workbench.train.loop import apply_change, refuse_other_vocabulary
 from workbench.train.memory import refuse_missing_device, refuse_what_cannot_fit
 from workbench.train.recipes import Recipe
 from workbench.train.state import TrainState
@@ -150,14 +150,6 @@ def stop_running(reason: str, timeout: float | None = None, *, folder: Path | No
     for run in tuple(_runs):
         if folder in (None, run.folder):
             run.halt(reason, timeout)
-
-
-def refuse_other_vocabulary(recipe: Recipe, text: Text) -> None:
-    """Raise `ValueError`, in one line, unless the model has a row for every token of `text` and no other."""
-    if text.tokenizer.vocab_size != recipe.model.vocab_size:
-        raise ValueError(
-            f"the model's vocab_size={recipe.model.vocab_size} must be the tokenizer's {text.tokenizer.vocab_size}"
-        )
 
 
 def refuse_other_text(folder: Path, text: Text) -> None:

@@ -38,10 +38,7 @@ def train(
     """
     refuse_what_cannot_fit(recipe)
     text = load(recipe.text, recipe.tokenizer) if text is None else text
-    if text.tokenizer.vocab_size != recipe.model.vocab_size:
-        raise ValueError(
-            f"the model's vocab_size={recipe.model.vocab_size} must be the tokenizer's {text.tokenizer.vocab_size}"
-        )
+    refuse_other_vocabulary(recipe, text)
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     state = TrainState(recipe) if state is None else state
@@ -63,6 +60,14 @@ def train(
             apply_change((yield examine(state.decoder, exam, recipe, step)), state)
         if step % recipe.checkpoint_every == 0 or last:
             apply_change((yield Checkpoint(step=step, state=state)), state)
+
+
+def refuse_other_vocabulary(recipe: Recipe, text: Text) -> None:
+    """Raise `ValueError`, in one line, unless the model has a row for every token of `text` and no other."""
+    if text.tokenizer.vocab_size != recipe.model.vocab_size:
+        raise ValueError(
+            f"the model's vocab_size={recipe.model.vocab_size} must be the tokenizer's {text.tokenizer.vocab_size}"
+        )
 
 
 def apply_change(change: Change | None, state: TrainState) -> None:
