@@ -65,13 +65,13 @@ CASES = {
 
 def make(config: ModelConfig, dtype: torch.dtype) -> Decoder:
     torch.manual_seed(7)
-    decoder = Decoder(config).to(dtype)
+    decoder = Decoder(config)
     for module in decoder.modules():
         if isinstance(module, RMSNorm):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)  # equal gains would hide that two were swapped
         if isinstance(module, Router):
             module.e_score_correction_bias.normal_(std=0.5)
-    return decoder
+    return decoder.to(dtype)
 
 
 def chosen(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:

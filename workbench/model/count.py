@@ -128,7 +128,7 @@ def training_flops_per_token(config: ModelConfig, context: int) -> float:
 
 
 def decode_flops_per_token(config: ModelConfig, context: int) -> float:
-    """Forward of one new token that sees `context` ones, the last of them itself: 2 per active parameter, plus attention.
+    """Forward of one new token among `context` that it sees, itself included: 2 per active parameter, plus attention.
 
     Latent attention is counted in its absorbed form, in which each head reads the cached latent itself.
     """
