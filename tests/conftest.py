@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 # Before torch is imported: see the Makefile.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -26,6 +28,15 @@ if find_spec("hypothesis"):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fail-on-skip", action="store_true", help="fail if any test but a gpu one was skipped")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """The one Chromium of all tests: Playwright cannot be opened twice in a process."""
+    from tests.browser.jupyter import chromium
+
+    with chromium() as running:
+        yield running
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from workbench.headless import report
 
@@ -29,15 +29,6 @@ def write(path: Path, *outputs: NotebookNode, markdown: str = "# A title\n\nText
 def shown(**data: object) -> NotebookNode:
     names = {"plotly": PLOTLY, "svg": "image/svg+xml", "text": "text/plain", "html": "text/html", "widget": WIDGET}
     return new_output("display_data", data={names[key]: value for key, value in data.items()})
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-        launched = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
-        yield launched
-        launched.close()
 
 
 def test_one_file_shows_everything_and_runs_nothing_else(tmp_path: Path, browser: Browser):

@@ -18,9 +18,8 @@ import nbformat
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell
-from playwright.sync_api import Locator
+from playwright.sync_api import Browser, Locator
 
-from tests.browser.jupyter import chromium
 from workbench.headless import complaints, normalized_text, parameters, read, report, run
 
 ROOT = Path(__file__).parents[1]
@@ -94,31 +93,32 @@ def test_it_takes_the_common_parameters(notebook: Path):
 
 
 @each_notebook
-def test_it_runs_and_its_report_is_self_contained(executed_and_report: tuple[nbformat.NotebookNode, Path]):
+def test_it_runs_and_its_report_is_self_contained(
+    executed_and_report: tuple[nbformat.NotebookNode, Path], browser: Browser
+):
     executed, page_path = executed_and_report
     views = [
         cell for cell in executed.cells if cell.cell_type == "code" and re.search(r"^widgets\.", cell.source, re.M)
     ]
     assert "widget-view" not in page_path.read_text(encoding="utf-8")
 
-    with chromium() as browser:
-        page = browser.new_context(offline=True).new_page()
-        requested: list[str] = []
-        errors: list[str] = []
-        page.on("request", lambda request: requested.append(request.url))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(page_path.as_uri())
-        page.wait_for_function("[...document.querySelectorAll('.figure-static')].every(e => e.hidden)")
-        assert [url for url in requested if not url.startswith(("data:", "blob:"))] == [page_path.as_uri()]
-        assert errors == []
-        words = page.locator("main").inner_text().lower()
-        assert "error displaying widget" not in words and "model not found" not in words
-        figures = page.locator(".js-plotly-plot:visible, .jp-RenderedSVG:visible").all()
-        assert len(figures) >= len(views)
-        assert min(map(drawn, figures), default=1.0) > 0.01
-        # Axes alone are drawn as well.
-        data = [plot.locator(".trace, .hm, .table").count() for plot in page.locator(".js-plotly-plot").all()]
-        assert all(data), data
+    page = browser.new_context(offline=True).new_page()
+    requested: list[str] = []
+    errors: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(page_path.as_uri())
+    page.wait_for_function("[...document.querySelectorAll('.figure-static')].every(e => e.hidden)")
+    assert [url for url in requested if not url.startswith(("data:", "blob:"))] == [page_path.as_uri()]
+    assert errors == []
+    words = page.locator("main").inner_text().lower()
+    assert "error displaying widget" not in words and "model not found" not in words
+    figures = page.locator(".js-plotly-plot:visible, .jp-RenderedSVG:visible").all()
+    assert len(figures) >= len(views)
+    assert min(map(drawn, figures), default=1.0) > 0.01
+    # Axes alone are drawn as well.
+    data = [plot.locator(".trace, .hm, .table").count() for plot in page.locator(".js-plotly-plot").all()]
+    assert all(data), data
 
 
 def drawn(figure: Locator) -> float:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Locator, expect
 
 from tests.browser.heatmap import check_heatmap
 from tests.browser.jupyter import JupyterServer, Lab
@@ -27,6 +27,13 @@ Seen = TypeVar("Seen")
 TRAINERS = "[t.name for t in __import__('threading').enumerate() if t.name.startswith('run ')]"
 # What a cell has shown stays in `Out`, under the number of the cell.
 OPEN_VIEWS = "[name for name, shown in Out.items() if getattr(shown, 'widget', None) is not None]"
+
+# JupyterLab draws a figure twice when its room has changed: at once, and again in its new size.
+COUNT_DRAWINGS = """(output) => {
+    output.drawings = 0;
+    output.removeAllListeners('plotly_afterplot');
+    output.on('plotly_afterplot', () => { output.drawings += 1; });
+}"""
 
 
 def test_tour(browser: Browser, server: JupyterServer) -> None:
@@ -52,8 +59,7 @@ def test_tour(browser: Browser, server: JupyterServer) -> None:
     assert early["rgb"] != late["rgb"]
 
     # Pause: the record says so and gets no further step, whatever else arrives meanwhile.
-    view.get_by_role("button", name="Pause").focus()
-    page.keyboard.press("Enter")
+    press(lab, "Pause", "Enter")
     paused_at = wait_for(lab, record, lambda now: now.status == "paused").step
     expect(view.locator(".wb-note")).to_have_text("The run is now paused.")
     expect(view.locator(".wb-state")).to_contain_text(f"paused · step {paused_at} of")
@@ -67,8 +73,7 @@ def test_tour(browser: Browser, server: JupyterServer) -> None:
     assert (now.status, now.step, lab.prompt(wait)) == ("paused", paused_at, "*")
 
     # Step: one, with the new learning rate; then it stands still again, and the view shows it.
-    view.get_by_role("button", name="Step").focus()
-    page.keyboard.press("Space")
+    press(lab, "Step", "Space")
     now = wait_for(lab, record, lambda now: now.step > paused_at and now.status == "paused")
     assert now.step == paused_at + 1
     assert learning_rates(now)[paused_at + 1] == 1.25e-4 != learning_rates(now)[paused_at]
@@ -77,8 +82,7 @@ def test_tour(browser: Browser, server: JupyterServer) -> None:
     check_heatmap(found, record.load_at(step))
 
     # Resume: on it goes, from the new learning rate.
-    view.get_by_role("button", name="Resume").focus()
-    page.keyboard.press("Enter")
+    press(lab, "Resume", "Enter")
     now = wait_for(lab, record, lambda now: now.step >= paused_at + 3)
     assert now.status == "running"
     assert learning_rates(now)[paused_at + 2] == pytest.approx(1.25e-4, rel=0.01)
@@ -86,17 +90,27 @@ def test_tour(browser: Browser, server: JupyterServer) -> None:
 
     # Stop: the view becomes a figure that the notebook can store, and the cell that waited goes on.
     assert lab.prompt(wait) == "*"
-    view.get_by_role("button", name="Stop").focus()
-    page.keyboard.press("Space")
+    press(lab, "Stop", "Space")
     stopped_at = wait_for(lab, record, lambda now: now.ended)
     assert stopped_at.status == "stopped"
-    expect(page.locator(".jp-RenderedPlotly", has_text="tour-001 · dashboard")).to_be_visible()
+    figure = page.locator(".jp-RenderedPlotly", has_text="tour-001 · dashboard")
+    expect(figure).to_be_visible()
     expect(view).to_have_count(0)
     (stored,) = lab.outputs(train)
-    assert set(stored["data"]) == {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"}
+    assert {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"} <= set(stored["data"])
+    assert "application/vnd.jupyter.widget-view+json" not in stored["data"]
     lab.wait_for_cells()
     (waited,) = lab.outputs(wait)
     assert f"stopped after {stopped_at.step} steps" in waited["text"]
+
+    # The figure keeps its height whatever the window does, and follows its width.
+    lab.show_cell(train)
+    before = size(figure)
+    for width, height in ((1400, 1000), (1100, 1000)):
+        figure.evaluate(COUNT_DRAWINGS)
+        lab.resize(width, height)
+        poll(lab, lambda: figure.evaluate("(output) => output.drawings"), lambda drawings: drawings >= 2)
+        assert size(figure) == [before[0] - (1400 - width), before[1]]
 
     # The cell again, and once more while its run goes on: one trainer and one dashboard, the newest.
     first = lab.kernel_value(OPEN_VIEWS)
@@ -133,6 +147,14 @@ def copy_of_the_tour(path: Path) -> tuple[int, int]:
     return train, wait
 
 
+def press(lab: Lab, name: str, key: str) -> None:
+    """Press a button of the dashboard by keyboard as soon as it can do something."""
+    button = lab.view("dashboard").get_by_role("button", name=name)
+    expect(button).to_have_attribute("aria-disabled", "false")
+    button.focus()
+    lab.page.keyboard.press(key)
+
+
 def shown_load(lab: Lab, *, after: int) -> tuple[int, dict[str, Any]]:
     """The first heatmap seen of a step later than `after`, with that step: title, numbers and pixels of one moment."""
     view = lab.view("dashboard")
@@ -158,6 +180,11 @@ def poll(lab: Lab, look: Callable[[], Seen], condition: Callable[[Seen], bool]) 
         # The browser's own events are taken in meanwhile.
         lab.page.wait_for_timeout(50)
     return seen
+
+
+def size(figure: Locator) -> list[float]:
+    """Width of a plotly figure's drawing, and height of the output that it is in."""
+    return figure.evaluate("(output) => [output.querySelector('.main-svg').clientWidth, output.clientHeight]")
 
 
 def learning_rates(now: Snapshot) -> dict[int, float]:

@@ -20,7 +20,9 @@ PLOTLY = "application/vnd.plotly.v1+json"
 def bundle(primitives: Sequence[Primitive], title: str = "", status: str = "") -> dict[str, Any]:
     """One output that shows everywhere: plotly in JupyterLab, SVG where no script runs, words in a terminal."""
     picture: dict[str, Any] = json.loads(str(figure(primitives, title, status).to_json()))
-    picture["config"] = {"displaylogo": False, "responsive": True}
+    # Not `responsive`: JupyterLab fits the width by itself, and with both a window that changes its height takes the
+    # figure's height to nothing.
+    picture["config"] = {"displaylogo": False}
     return {
         PLOTLY: picture,
         "image/svg+xml": svg(primitives, title, status),
