@@ -9,6 +9,7 @@ from typing import Any
 
 # Before torch is imported: see the Makefile.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 

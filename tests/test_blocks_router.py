@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from workbench.blocks.balance import batch_balance_loss, choice_counts, sequence_balance_loss, updated_bias
+from workbench.blocks.balance import balance_loss, choice_counts, updated_bias
 from workbench.blocks.router import Router, Routing, best
 from workbench.model.initial import initialize
 
@@ -116,27 +116,27 @@ def balanced(num_experts: int, per_token: int, tokens: int) -> Routing:
 @pytest.mark.parametrize(("num_experts", "per_token", "tokens"), [(4, 1, 8), (8, 2, 16), (12, 3, 24)])
 def test_balance_loss_is_one_at_perfect_balance(num_experts: int, per_token: int, tokens: int) -> None:
     routing = balanced(num_experts, per_token, tokens)
-    assert float(batch_balance_loss(routing)) == pytest.approx(1.0)
-    assert float(sequence_balance_loss(routing, 2)) == pytest.approx(1.0)
+    assert float(balance_loss(routing, 1)) == pytest.approx(1.0)
+    assert float(balance_loss(routing, 2)) == pytest.approx(1.0)
 
 
 def test_balance_loss_by_hand() -> None:
     # Two sequences of one token each; both send their token to expert 0 of two, with scores 3 : 1.
     scores = torch.tensor([[0.6, 0.2], [0.6, 0.2]])
     routing = Routing(torch.tensor([[0], [0]]), torch.ones(2, 1), scores, torch.tensor([2, 0]))
-    assert float(batch_balance_loss(routing)) == pytest.approx(2 * 1.0 * 0.75)
+    assert float(balance_loss(routing, 1)) == pytest.approx(2 * 1.0 * 0.75)
     # One sequence per expert: balanced over the batch, not within a sequence.
     split = Routing(
         torch.tensor([[0], [1]]), torch.ones(2, 1), torch.tensor([[0.9, 0.1], [0.1, 0.9]]), torch.ones(2).long()
     )
-    assert float(batch_balance_loss(split)) == pytest.approx(1.0)
-    assert float(sequence_balance_loss(split, 2)) == pytest.approx(1.8)
+    assert float(balance_loss(split, 1)) == pytest.approx(1.0)
+    assert float(balance_loss(split, 2)) == pytest.approx(1.8)
 
 
 def test_balance_loss_pulls_scores_of_busy_experts_down() -> None:
     scores = torch.full((6, 3), 0.5, requires_grad=True)
     indices = torch.zeros(6, 1, dtype=torch.int64)
-    batch_balance_loss(Routing(indices, torch.ones(6, 1), scores, torch.tensor([6, 0, 0]))).backward()
+    balance_loss(Routing(indices, torch.ones(6, 1), scores, torch.tensor([6, 0, 0])), 1).backward()
     assert scores.grad is not None and (scores.grad[:, 0] > 0).all() and (scores.grad[:, 1:] < 0).all()
 
 

@@ -10,7 +10,7 @@ from kernel_rules import ODD_SIZES, assert_obeys_rule, results
 from torch import Tensor
 
 from workbench_kernels import moe_mlp
-from workbench_kernels.moe_mlp import reference
+from workbench_kernels.moe_mlp import group_unit, reference, sort_by_expert
 
 
 def make(
@@ -86,6 +86,36 @@ def test_gradients_of_an_unchosen_expert_are_exactly_zero(width: int, impl: str)
     assert grad_x.isfinite().all()
 
 
+def test_groups_are_filled_up_to_a_unit_and_keep_the_order_of_tokens() -> None:
+    indices = make(40, 1, 1, torch.float32, experts=5, active=3, used=4)[3]
+    order = sort_by_expert(indices, 5, unit=16)
+    starts = [0, *order.offs_E.tolist()]
+    assert all(start % 16 == 0 for start in starts) and starts[-1] <= len(order.pair_M) == 40 * 3 + 5 * 15
+    for expert in range(5):
+        rows = order.row_NA[indices == expert]
+        assert rows.tolist() == list(range(starts[expert], starts[expert] + len(rows)))
+        assert starts[expert + 1] - starts[expert] - len(rows) in range(16)
+    assert torch.equal(order.pair_M[order.row_NA.flatten().long()], torch.arange(120, dtype=torch.int32))
+    both = torch.cat((order.row_NA.flatten().long(), order.padding_P))
+    assert torch.equal(both.sort().values, torch.arange(len(order.pair_M)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_obeys_the_rule_with_groups_filled_up(dtype: torch.dtype) -> None:
+    inputs = make(150, 64, 32, dtype, used=5)
+    assert group_unit(dtype, inputs[3].numel(), 8) > 1
+    assert_obeys_rule(moe_mlp, reference, inputs)
+
+
+def test_a_bad_token_reaches_only_the_experts_that_it_chose() -> None:
+    x, w13, w2, indices, weights = make(150, 16, 8, torch.bfloat16)
+    x[0], indices[0] = float("nan"), torch.tensor([3, 5])  # token 0 is also what padding rows point at
+    out, _, grad_w13, grad_w2, _ = results(moe_mlp, (x, w13, w2, indices, weights), torch.ones(150, 16).bfloat16())
+    assert out[1:].isfinite().all()
+    for grad in (grad_w13, grad_w2):
+        assert grad.isfinite().flatten(1).all(1).tolist() == [expert not in (3, 5) for expert in range(8)]
+
+
 def test_takes_any_strides() -> None:
     x, w13, w2, indices, weights = make(12, 16, 8, torch.float32)
     expected = results(reference, (x, w13, w2, indices, weights), torch.ones(12, 16))
@@ -99,9 +129,11 @@ def test_gradients_by_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda a, b, c, d: moe_mlp(a, b, c, indices, d), inputs)
 
 
-@pytest.mark.parametrize("width", [5, 16])
-def test_op_is_registered_correctly(width: int) -> None:
-    x, w13, w2, indices, weights = make(6, width, width, torch.float32, experts=4)
+@pytest.mark.parametrize(
+    ("tokens", "width", "dtype"), [(6, 5, torch.float32), (6, 16, torch.float32), (60, 16, torch.bfloat16)]
+)
+def test_op_is_registered_correctly(tokens: int, width: int, dtype: torch.dtype) -> None:
+    x, w13, w2, indices, weights = make(tokens, width, width, dtype, experts=4)
     inputs = tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in (x, w13, w2, indices, weights))
     torch.library.opcheck(torch.ops.workbench_kernels.moe_mlp.default, inputs)
 

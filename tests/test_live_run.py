@@ -17,16 +17,11 @@ import torch
 from tiny import tiny_recipe
 
 from workbench import live
-from workbench.live.last_event import last_event
 from workbench.live.launch import stop_running
 from workbench.record import Controls, Snapshot, Source, Tail, checkpoint
 from workbench.record.database import connect
 from workbench.text import Files, InductionTask, Mixture, ModularArithmeticTask, Text, load
-from workbench.train.events import Change, Checkpoint, Evaluation, Spike, Step
-from workbench.train.loop import apply_change, train
 from workbench.train.recipes import Recipe
-from workbench.train.spikes import SpikeDetector
-from workbench.train.state import TrainState
 
 PATIENCE = 60.0
 
@@ -321,25 +316,3 @@ def test_a_held_run_never_stands_between_the_events_of_one_update(tmp_path, text
         now = run.wait_for(paused_at(step), PATIENCE)
         assert [evaluation.step for evaluation in now.evaluations] == evaluated[step]
         assert checkpoint.latest(run.folder) == step // 3 * 3
-
-
-def test_the_last_event_of_an_update_is_told_as_train_gives_it(text):
-    recipe = tiny(steps=60, evaluate_every=5, checkpoint_every=7)
-    state = TrainState(recipe)
-    events = train(recipe, state, text)
-    assert isinstance(next(events), Evaluation)
-    threshold, event = SpikeDetector([]).threshold(), next(events)
-    seen = set()
-    while event is not None:
-        assert isinstance(event, Step)
-        expected, last, following = last_event(recipe, event, threshold), event, None
-        # The weights are spoilt once, so that the loss leaves its band.
-        if event.step == 31:
-            apply_change(Change(learning_rate=1.0), state)
-        threshold = SpikeDetector(state.recent_losses).threshold()
-        while (following := next(events, None)) is not None and not isinstance(following, Step):
-            last = following
-        assert type(last) is expected, event.step
-        seen.add(expected)
-        event = following
-    assert seen == {Step, Spike, Evaluation, Checkpoint}

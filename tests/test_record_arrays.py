@@ -47,8 +47,8 @@ def step_event(step: int, load_LE: np.ndarray, bias_LE: np.ndarray) -> Step:
 def write_run(folder: Path, num_steps: int, num_layers: int = 3) -> tuple[record.RunWriter, np.ndarray, np.ndarray]:
     """An open run of `num_steps` random steps with the loads and biases that it was given."""
     rng = np.random.default_rng(num_steps)
-    load_SLE = rng.integers(0, 1000, (num_steps, num_layers, EXPERTS))
-    bias_SLE = rng.normal(size=load_SLE.shape).astype(np.float32)
+    load_WLE = rng.integers(0, 1000, (num_steps, num_layers, EXPERTS))
+    bias_WLE = rng.normal(size=load_WLE.shape).astype(np.float32)
     writer = record.RunWriter.create(
         folder,
         recipe_json="{}",
@@ -60,8 +60,8 @@ def write_run(folder: Path, num_steps: int, num_layers: int = 3) -> tuple[record
         hardware={},
     )
     for i in range(num_steps):
-        writer.write(step_event(i + 1, load_SLE[i], bias_SLE[i]))
-    return writer, load_SLE, bias_SLE
+        writer.write(step_event(i + 1, load_WLE[i], bias_WLE[i]))
+    return writer, load_WLE, bias_WLE
 
 
 def assert_rows_equal(read: Rows, written: Rows) -> None:
@@ -120,14 +120,14 @@ def test_a_flipped_bit_and_a_cut_file_are_found(folder: Path) -> None:
 
 
 def test_loads_between_equal_what_was_written_before_and_after_closing(tmp_path: Path) -> None:
-    writer, load_SLE, bias_SLE = write_run(tmp_path / "run", 130)
+    writer, load_WLE, bias_WLE = write_run(tmp_path / "run", 130)
     writer.flush()
     for _ in ("segments", "compacted"):
         loads = record.loads_between(tmp_path / "run", 20, 120, every=10)
         np.testing.assert_array_equal(loads.steps, np.arange(20, 121, 10))
-        np.testing.assert_array_equal(loads.load_SLE, load_SLE[19:120:10])
-        np.testing.assert_array_equal(loads.bias_SLE, bias_SLE[19:120:10])
-        np.testing.assert_array_equal(record.loads_between(tmp_path / "run").load_SLE, load_SLE)
+        np.testing.assert_array_equal(loads.load_WLE, load_WLE[19:120:10])
+        np.testing.assert_array_equal(loads.bias_WLE, bias_WLE[19:120:10])
+        np.testing.assert_array_equal(record.loads_between(tmp_path / "run").load_WLE, load_WLE)
         writer.close()
     assert len(list((tmp_path / "run" / "arrays").iterdir())) == 1
     with pytest.raises(ValueError, match="every=0"):
@@ -135,10 +135,10 @@ def test_loads_between_equal_what_was_written_before_and_after_closing(tmp_path:
 
 
 def test_a_query_takes_parameters_and_refuses_nonsense(tmp_path: Path) -> None:
-    writer, load_SLE, _ = write_run(tmp_path / "run", 60)
+    writer, load_WLE, _ = write_run(tmp_path / "run", 60)
     writer.close()
     table = record.query(tmp_path / "run", "SELECT sum(load[$1]) AS total FROM arrays", [1 * EXPERTS + 2 + 1])
-    assert table["total"].to_pylist() == [int(load_SLE[:, 1, 2].sum())]
+    assert table["total"].to_pylist() == [int(load_WLE[:, 1, 2].sum())]
     with pytest.raises(ValueError, match="cannot be answered"):
         record.query(tmp_path / "run", "SELECT nothing FROM arrays")
 
@@ -147,25 +147,25 @@ def test_a_run_without_experts_or_without_steps(tmp_path: Path) -> None:
     writer, _, _ = write_run(tmp_path / "dense", 3, num_layers=0)
     writer.flush()
     for _ in ("open", "closed"):
-        assert record.loads_between(tmp_path / "dense").load_SLE.shape == (3, 0, EXPERTS)
+        assert record.loads_between(tmp_path / "dense").load_WLE.shape == (3, 0, EXPERTS)
         assert record.Tail(tmp_path / "dense").load_at(2).shape == (0, EXPERTS)
         writer.close()
     writer, _, _ = write_run(tmp_path / "empty", 0)
-    assert record.loads_between(tmp_path / "empty").load_SLE.shape == (0, 3, EXPERTS)
+    assert record.loads_between(tmp_path / "empty").load_WLE.shape == (0, 3, EXPERTS)
     with pytest.raises(ValueError, match="holds no loads yet"):
         record.Tail(tmp_path / "empty").load_at(1)
     writer.close()
 
 
 def test_a_lost_segment_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
-    writer, load_SLE, _ = write_run(tmp_path / "run", 120)
+    writer, load_WLE, _ = write_run(tmp_path / "run", 120)
     writer.flush()
     tail = record.Tail(tmp_path / "run")
     lost = tmp_path / "run" / "arrays" / "steps-000000101-000000120.parquet"
     lost.unlink()
     snapshot = tail.snapshot()
     assert (snapshot.step, snapshot.load_step) == (120, 100)
-    np.testing.assert_array_equal(snapshot.load_LE, load_SLE[99])
+    np.testing.assert_array_equal(snapshot.load_LE, load_WLE[99])
     asks: list[Callable[[], object]] = [
         lambda: tail.load_at(110),
         lambda: record.loads_between(tmp_path / "run"),
@@ -174,24 +174,24 @@ def test_a_lost_segment_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
     for ask in asks:
         with pytest.raises(ValueError, match=r"steps 101\.\.120 are lost"):
             ask()
-    np.testing.assert_array_equal(tail.load_at(50), load_SLE[49])
+    np.testing.assert_array_equal(tail.load_at(50), load_WLE[49])
     writer.close()
     with record.RunWriter.reopen(tmp_path / "run", 110) as writer:
-        writer.write(step_event(111, load_SLE[0], np.zeros((3, 4))))
-    np.testing.assert_array_equal(record.Tail(tmp_path / "run").load_at(111), load_SLE[0])
+        writer.write(step_event(111, load_WLE[0], np.zeros((3, 4))))
+    np.testing.assert_array_equal(record.Tail(tmp_path / "run").load_at(111), load_WLE[0])
     with pytest.raises(ValueError, match=r"steps 101\.\.110 are lost"):
         record.Tail(tmp_path / "run").load_at(110)
 
 
 def test_a_segment_replaced_while_it_is_read_is_looked_up_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer, load_SLE, _ = write_run(tmp_path / "run", 10)
+    writer, load_WLE, _ = write_run(tmp_path / "run", 10)
     writer.flush()
     read_rows, answer = arrays.read_rows, queries._answer
 
     def replace_partial_segment() -> None:
         monkeypatch.undo()
         step = writer.history.snapshot().step + 1
-        writer.write(step_event(step, load_SLE[0], np.zeros((3, 4))))
+        writer.write(step_event(step, load_WLE[0], np.zeros((3, 4))))
         writer.flush()
 
     def late(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,7 +202,7 @@ def test_a_segment_replaced_while_it_is_read_is_looked_up_anew(tmp_path: Path, m
         return act
 
     monkeypatch.setattr(arrays, "read_rows", late(read_rows))
-    np.testing.assert_array_equal(record.Tail(tmp_path / "run").load_at(7), load_SLE[6])
+    np.testing.assert_array_equal(record.Tail(tmp_path / "run").load_at(7), load_WLE[6])
     monkeypatch.setattr(queries, "read_rows", late(read_rows))
     assert len(record.loads_between(tmp_path / "run").steps) == 12
     monkeypatch.setattr(queries, "_answer", late(answer))
@@ -211,7 +211,7 @@ def test_a_segment_replaced_while_it_is_read_is_looked_up_anew(tmp_path: Path, m
 
 
 def test_a_reader_beside_the_writer_sees_whole_commits_only(tmp_path: Path) -> None:
-    writer, load_SLE, _ = write_run(tmp_path / "run", 1)
+    writer, load_WLE, _ = write_run(tmp_path / "run", 1)
     ended, wrong = threading.Event(), []
 
     def read_along() -> None:
@@ -223,12 +223,12 @@ def test_a_reader_beside_the_writer_sees_whole_commits_only(tmp_path: Path) -> N
                 wrong.append(f"series at step {snapshot.step}")
             loads = [(snapshot.load_step, snapshot.load_LE)]
             loads += [(step, tail.load_at(step)) for step in (1, snapshot.step // 2) if step and snapshot.load_step]
-            wrong.extend(step for step, load in loads if step and not (load == load_SLE[0] + step - 1).all())
+            wrong.extend(step for step, load in loads if step and not (load == load_WLE[0] + step - 1).all())
 
     with ThreadPoolExecutor() as threads:
         reader = threads.submit(read_along)
         for step in range(2, 161):
-            writer.write(step_event(step, load_SLE[0] + step - 1, np.zeros((3, 4))))
+            writer.write(step_event(step, load_WLE[0] + step - 1, np.zeros((3, 4))))
             writer.flush()
         writer.close()
         ended.set()
@@ -237,7 +237,7 @@ def test_a_reader_beside_the_writer_sees_whole_commits_only(tmp_path: Path) -> N
 
 
 def test_a_segment_ahead_of_the_commit_does_not_count(tmp_path: Path) -> None:
-    writer, load_SLE, _ = write_run(tmp_path / "run", 50)
+    writer, load_WLE, _ = write_run(tmp_path / "run", 50)
     writer.flush()
     arrays.write_segment(tmp_path / "run", rows_of(51, 80))
     tail = record.Tail(tmp_path / "run")
@@ -248,4 +248,4 @@ def test_a_segment_ahead_of_the_commit_does_not_count(tmp_path: Path) -> None:
     writer.close()
     record.RunWriter.reopen(tmp_path / "run", 50).close()
     assert len(list((tmp_path / "run" / "arrays").iterdir())) == 1
-    np.testing.assert_array_equal(record.loads_between(tmp_path / "run").load_SLE, load_SLE)
+    np.testing.assert_array_equal(record.loads_between(tmp_path / "run").load_WLE, load_WLE)

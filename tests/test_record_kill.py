@@ -270,8 +270,8 @@ def assert_equals_an_uninterrupted_run(folder: Path, whole: Path, last_step: int
     for table in ("scalars", "evaluations", "samples", "spikes", "segments"):
         assert rows(folder, table) == rows(whole, table)
     loads, expected = record.loads_between(folder), record.loads_between(whole)
-    np.testing.assert_array_equal(loads.load_SLE, expected.load_SLE)
-    np.testing.assert_array_equal(loads.bias_SLE, expected.bias_SLE)
+    np.testing.assert_array_equal(loads.load_WLE, expected.load_WLE)
+    np.testing.assert_array_equal(loads.bias_WLE, expected.bias_WLE)
 
 
 def rows(folder: Path, table: str) -> list[tuple[Any, ...]]:

@@ -275,7 +275,7 @@ def test_a_resumed_record_equals_an_uninterrupted_one(
         sql = f"SELECT * FROM {table} ORDER BY 1, 2"
         assert rows(tmp_path / "cut", sql) == rows(whole, sql)
     expected, continued = record.loads_between(whole), record.loads_between(tmp_path / "cut")
-    for name in ("steps", "load_SLE", "bias_SLE"):
+    for name in ("steps", "load_WLE", "bias_WLE"):
         np.testing.assert_array_equal(getattr(continued, name), getattr(expected, name))
     other = {"folder", "name"}
     for source in (tail, record.Tail(tmp_path / "cut")):

@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
-from workbench.train.events import Change, Checkpoint, Evaluation, Event, Step
-from workbench.train.loop import train
+from workbench.train.events import Change, Checkpoint, Evaluation, Event, Spike, Step
+from workbench.train.loop import apply_change, due_after, train
 from workbench.train.recipes import AuxiliaryLoss, LossFreeBias, NoBalance, Recipe
 from workbench.train.schedule import WarmupCosine
+from workbench.train.spikes import SpikeDetector
 from workbench.train.state import TrainState
 
 
@@ -32,6 +33,28 @@ def test_events_come_in_their_order() -> None:
         *[("Step", 1), ("Step", 2), ("Step", 3), ("Evaluation", 3), ("Checkpoint", 3)],
         *[("Step", 4), ("Step", 5), ("Step", 6), ("Evaluation", 6), ("Checkpoint", 6)],
     ]
+
+
+def test_what_is_due_after_an_update_can_be_told_before_it_comes() -> None:
+    recipe = tiny_recipe(steps=60, evaluate_every=5, checkpoint_every=7)
+    state = TrainState(recipe)
+    events = train(recipe, state)
+    assert isinstance(next(events), Evaluation)
+    seen: set[type[Event]] = set()
+    while state.step < recipe.steps:
+        threshold = SpikeDetector(state.recent_losses).threshold()
+        step = next(events)
+        assert isinstance(step, Step)
+        # The weights are spoilt once, so that the loss leaves its band.
+        if step.step == 31:
+            apply_change(Change(learning_rate=1.0), state)
+        due = due_after(recipe, step, threshold)
+        for kind in due:
+            event = next(events)
+            assert type(event) is kind and event.step == step.step
+        seen |= set(due)
+    assert next(events, None) is None
+    assert seen == {Spike, Evaluation, Checkpoint}
 
 
 def test_a_step_reports_what_it_did() -> None:

@@ -18,8 +18,8 @@ def routing(labels: tuple[str, ...] = ("code", "prose", "code")) -> DocumentRout
 def test_each_corpus_has_a_heatmap_of_its_own_documents() -> None:
     code, prose, difference = widgets.corpora(routing()).primitives()
     assert isinstance(code, Heatmap) and isinstance(prose, Heatmap) and isinstance(difference, Bars)
-    np.testing.assert_allclose(code.values_YX, [[1, 1], [1.5, 0.5]])
-    np.testing.assert_array_equal(prose.detail_YX, [[1, 3], [0, 4]])
+    np.testing.assert_allclose(code.values_PQ, [[1, 1], [1.5, 0.5]])
+    np.testing.assert_array_equal(prose.detail_PQ, [[1, 3], [0, 4]])
     assert "expert 1 of mtp 1 is the busiest: 2 times" in prose.summary
     assert difference.values[1] > difference.values[0] > 0
 

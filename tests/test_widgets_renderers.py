@@ -50,15 +50,15 @@ def heatmap(name: str = "layer", rows: int = 3, columns: int = 8) -> Heatmap:
         x_label="expert",
         y_label=name,
         z_label="× mean",
-        values_YX=counts / mean,
+        values_PQ=counts / mean,
         row_names=tuple(f"{name} {row}" for row in range(rows)),
         column_name="expert",
         low=0.0,
         high=2.0,
         z_ticks=((0.0, "0"), (1.0, f"1 {name}"), (2.0, "≥ 2")),
-        detail_YX=counts,
+        detail_PQ=counts,
         detail_label="tokens",
-        marked_YX=counts < 1,
+        marked_PQ=counts < 1,
         mark_label=f"dead {name}",
         summary=f"{name} is uneven.",
     )
@@ -93,8 +93,8 @@ def test_live_buffers_hold_the_numbers() -> None:
     for line, header in zip(curve.lines, headers[0]["lines"], strict=True):
         np.testing.assert_array_equal(decoded(header, arrays, header["x"]), line.x.astype(np.float32))
         np.testing.assert_array_equal(decoded(header, arrays, header["y"]), line.y.astype(np.float32))
-    values = decoded(headers[1], arrays, headers[1]["values"]).reshape(grid.values_YX.shape)
-    np.testing.assert_array_equal(values, grid.values_YX.astype(np.float32))
+    values = decoded(headers[1], arrays, headers[1]["values"]).reshape(grid.values_PQ.shape)
+    np.testing.assert_array_equal(values, grid.values_PQ.astype(np.float32))
     detail = decoded(headers[1], arrays, headers[1]["detail"])
     assert arrays.types[headers[1]["detail"]] == "i4"
     np.testing.assert_array_equal(detail, np.arange(24))
@@ -112,7 +112,7 @@ def test_final_figure_holds_the_numbers() -> None:
     figure: dict[str, Any] = json.loads(str(final.figure(everything(), "run", "running").to_json()))
     by_type = {trace["type"]: trace for trace in figure["data"]}
     assert figure["data"][0]["y"][0] == 5.5
-    np.testing.assert_allclose(by_type["heatmap"]["z"], heatmap().values_YX, rtol=1e-5)
+    np.testing.assert_allclose(by_type["heatmap"]["z"], heatmap().values_PQ, rtol=1e-5)
     assert by_type["bar"]["x"] == [0.5, 1.25]
     assert by_type["table"]["cells"]["values"] == [["layer", "code"], ["1.5", "2.25"]]
     words = " ".join(note["text"] for note in figure["layout"]["annotations"])
@@ -174,7 +174,7 @@ def test_csv_holds_every_number() -> None:
     assert set(read["panel"]) == {primitive.title for primitive in everything()}
     loads = read[read["panel"] == "Load of layer"]
     np.testing.assert_array_equal(loads["tokens"], np.arange(24))
-    np.testing.assert_allclose(loads["× mean"], heatmap().values_YX.ravel())
+    np.testing.assert_allclose(loads["× mean"], heatmap().values_PQ.ravel())
     assert bundle.csv([Table(title="t", columns=("a",), rows=(), summary="nothing")]) == ""
 
 

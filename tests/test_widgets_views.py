@@ -49,7 +49,7 @@ def test_routing_at_a_step_is_what_the_record_holds(writer: RunWriter, step: int
     held = Tail(writer.folder).load_at(step)
     np.testing.assert_array_equal(held, recorded.load(step))
     np.testing.assert_array_equal(shown_loads(grid), held)
-    np.testing.assert_allclose(grid.values_YX, held / held.mean(1, keepdims=True))
+    np.testing.assert_allclose(grid.values_PQ, held / held.mean(1, keepdims=True))
     np.testing.assert_allclose(imbalance.values, max_violation(held))
     assert f"step {step}" in grid.title
     assert grid.row_names == recorded.layer_names()
@@ -64,10 +64,10 @@ def test_routing_without_a_step_is_the_newest(writer: RunWriter) -> None:
 
 def test_dead_experts_are_marked_and_counted(writer: RunWriter) -> None:
     grid, imbalance = routing(writer.folder).primitives(step=5)
-    assert isinstance(grid, Heatmap) and isinstance(imbalance, Bars) and grid.marked_YX is not None
+    assert isinstance(grid, Heatmap) and isinstance(imbalance, Bars) and grid.marked_PQ is not None
     dead = recorded.load(5) < 0.01 * recorded.load(5).mean(1, keepdims=True)
     assert dead[-1, 3]
-    np.testing.assert_array_equal(grid.marked_YX, dead)
+    np.testing.assert_array_equal(grid.marked_PQ, dead)
     assert imbalance.notes[-1] == f"{dead[-1].sum()} dead"
     assert f"{dead.sum()} of {dead.size} experts are dead" in grid.summary
 

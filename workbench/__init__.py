@@ -9,7 +9,8 @@ One letter per axis, the same everywhere; a tensor in the code is called `meanin
     1  a kept axis                  U  value head width         V  vocabulary
                                     R  rotary width             L  layers
                                     C  latent width             J  expert groups
-                                    X  several axes in one      I  experts per group
+    W  recorded steps               O  corpora                  I  experts per group
+    P  rows of a picture            Q  columns of a picture     X  several axes in one
 
 Inside `workbench_kernels`, matrix products keep BLAS's M, N, K.
 

@@ -73,8 +73,10 @@ def main(context: typer.Context) -> None:
 
     Example: workbench lab
     """
-    # Idle threads of torch's pool then sleep and leave the cores to a browser or another run; kernels inherit it.
+    # Idle threads of torch's pool then soon sleep and leave the cores to a browser or another run (the Makefile has the
+    # numbers); kernels inherit it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

@@ -1,6 +1,7 @@
 """The whole expert layer: every token through its experts' SwiGLU, mixed by the router's weights.
 
-Letters: N tokens, A experts per token, M = N * A rows sorted by expert, E experts, K width, F hidden width.
+Letters: N tokens, A experts per token, M rows sorted by expert (N * A of them, and padding), P padding rows, E experts,
+K width, F hidden width.
 """
 
 from typing import NamedTuple
@@ -49,15 +50,27 @@ def reference(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tens
 
 
 class Order(NamedTuple):
-    """Where the rows of every expert come from."""
+    """Where the rows of every expert come from, and the rows that only fill its group up."""
 
-    pair_M: Tensor  # row -> flattened (token, slot) pair
+    pair_M: Tensor  # row -> flattened (token, slot) pair; 0 for padding
     row_NA: Tensor  # the inverse: token, slot -> row
     offs_E: Tensor  # int32 inclusive ends
+    padding_P: Tensor  # rows that belong to no pair
 
 
-def sort_by_expert(indices: Tensor, num_experts: int) -> Order:
-    """Sort the (token, slot) pairs by expert, tokens in order within each.
+def group_unit(dtype: torch.dtype, num_pairs: int, num_experts: int) -> int:
+    """Every group is filled up to a multiple of this many rows.
+
+    In 16-bit types a CPU's matrix library compiles a kernel for every number of rows that it meets, which takes longer
+    than the product; multiples of 16 soon are all known. Where groups are smaller than that, padding would cost more.
+    """
+    return 16 if dtype in (torch.bfloat16, torch.float16) and num_pairs >= 16 * num_experts else 1
+
+
+def sort_by_expert(indices: Tensor, num_experts: int, *, unit: int = 1) -> Order:
+    """Sort the (token, slot) pairs by expert, tokens in order within each; groups begin at multiples of `unit`.
+
+    There are N * A + num_experts * (unit - 1) rows, however the tokens chose.
 
     Raises:
         ValueError: an index lies outside 0..num_experts-1.
@@ -65,11 +78,26 @@ def sort_by_expert(indices: Tensor, num_experts: int) -> Order:
     pairs = indices.reshape(-1)
     if pairs.numel() and not 0 <= (bounds := torch.stack(pairs.aminmax()).tolist())[0] <= bounds[1] < num_experts:
         raise ValueError(f"indices span {bounds[0]}..{bounds[1]} and must lie in 0..{num_experts - 1}")
-    pair_M = pairs.to(torch.int32).argsort(stable=True)
-    row_M = torch.empty_like(pair_M)
-    row_M[pair_M] = torch.arange(pairs.numel(), device=pairs.device)
-    offs_E = pairs.bincount(minlength=num_experts).cumsum(0, dtype=torch.int32)
-    return Order(pair_M, row_M.view(indices.shape), offs_E)
+    sorted_pairs = pairs.to(torch.int32).argsort(stable=True)
+    counts_E = pairs.bincount(minlength=num_experts)
+    padded_E = (counts_E + unit - 1).div(unit, rounding_mode="floor") * unit
+    shift_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)  # padding before each group
+    rows = torch.arange(pairs.numel(), device=pairs.device) + shift_E[pairs[sorted_pairs]]
+    row_of_pair = torch.empty_like(sorted_pairs)
+    row_of_pair[sorted_pairs] = rows
+    pair_M = sorted_pairs.new_zeros(pairs.numel() + num_experts * (unit - 1))
+    pair_M[rows] = sorted_pairs
+    filled_M = torch.zeros_like(pair_M, dtype=torch.bool)
+    filled_M[rows] = True
+    padding_P = (~filled_M).nonzero().squeeze(1)
+    return Order(pair_M, row_of_pair.view(indices.shape), padded_E.cumsum(0, dtype=torch.int32), padding_P)
+
+
+def take_rows(x: Tensor, order: Order, out: Tensor | None = None) -> Tensor:
+    """[M, K], the token of each row of `x` [N, K], zero in padding; into `out` if there is one."""
+    token_M = order.pair_M.div(order.row_NA.shape[1], rounding_mode="floor")
+    rows_MK = x.index_select(0, token_M) if out is None else torch.index_select(x, 0, token_M, out=out)
+    return rows_MK.index_fill_(0, order.padding_P, 0)
 
 
 def _check(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) -> None:
@@ -93,27 +121,30 @@ def _check(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor)
 @torch.library.custom_op("workbench_kernels::moe_mlp", mutates_args=(), device_types="cpu")
 def _moe_mlp(
     x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output and, for backward, the gate and up products and the order of the rows."""
-    order = sort_by_expert(indices, w13.shape[0])
-    token_M = order.pair_M // indices.shape[1]
-    gate_up_M2F = rows_by_experts(x.index_select(0, token_M), w13, order.offs_E)
+    unit = group_unit(x.dtype, indices.numel(), w13.shape[0])
+    order = sort_by_expert(indices, w13.shape[0], unit=unit)
+    gate_up_M2F = rows_by_experts(take_rows(x, order), w13, order.offs_E)
     gate_MF, up_MF = gate_up_M2F.chunk(2, dim=1)
     y_MK = rows_by_experts(F.silu(gate_MF).mul_(up_MF), w2, order.offs_E)
-    return _mix(y_MK, order.row_NA, weights), gate_up_M2F, order.pair_M, order.row_NA, order.offs_E
+    return _mix(y_MK, order.row_NA, weights), gate_up_M2F, *order
 
 
 @_moe_mlp.register_fake
 def _(
     x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_rows = indices.numel()
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_experts = w13.shape[0]
+    num_padding = num_experts * (group_unit(x.dtype, indices.numel(), num_experts) - 1)
+    num_rows = indices.numel() + num_padding
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(num_rows, w13.shape[1]),
         indices.new_empty(num_rows),
         indices.new_empty(indices.shape),
-        indices.new_empty(w13.shape[0], dtype=torch.int32),
+        indices.new_empty(num_experts, dtype=torch.int32),
+        indices.new_empty(num_padding),
     )
 
 
@@ -128,15 +159,16 @@ def _moe_mlp_grad(
     pair: Tensor,
     row: Tensor,
     offs: Tensor,
+    padding: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, w13, w2 and weights."""
-    token_M = pair // weights.shape[1]
+    order = Order(pair, row, offs, padding)
     weight_M1 = weights.reshape(-1, 1).index_select(0, pair).to(x.dtype)
     gate_MF, up_MF = gate_up.chunk(2, dim=1)
     silu_MF = F.silu(gate_MF)
     hidden_MF = silu_MF * up_MF
 
-    grad_y_MK = grad.index_select(0, token_M)  # of a row not yet weighted
+    grad_y_MK = take_rows(grad, order)  # of a row not yet weighted
     grad_hidden_MF = rows_by_experts(grad_y_MK, w2.transpose(1, 2), offs)
     sum_dtype = torch.promote_types(x.dtype, weights.dtype)
     grad_weight_M = (grad_hidden_MF * hidden_MF).sum(dim=1, dtype=sum_dtype)
@@ -150,7 +182,7 @@ def _moe_mlp_grad(
     torch.ops.aten.silu_backward.grad_input(grad_hidden_MF.mul_(up_MF), gate_MF, grad_input=grad_gate_MF)
 
     grad_rows_MK = rows_by_experts(grad_gate_up_M2F, w13.transpose(1, 2), offs)
-    grad_w13 = rows_by_rows(grad_gate_up_M2F, torch.index_select(x, 0, token_M, out=grad_y_MK), offs)
+    grad_w13 = rows_by_rows(grad_gate_up_M2F, take_rows(x, order, out=grad_y_MK), offs)
     return _mix(grad_rows_MK, row, None), grad_w13, grad_w2, grad_weights
 
 
@@ -165,6 +197,7 @@ def _(
     pair: Tensor,
     row: Tensor,
     offs: Tensor,
+    padding: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),
@@ -184,10 +217,10 @@ def _mix(rows_MK: Tensor, row_NA: Tensor, weights_NA: Tensor | None) -> Tensor:
 
 def _save(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     x, w13, w2, _, weights = inputs
-    _, gate_up, pair, row, offs = output
-    ctx.mark_non_differentiable(gate_up, pair, row, offs)
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # otherwise a zero gradient of what is kept is made for every backward
-    ctx.save_for_backward(x, w13, w2, weights, gate_up, pair, row, offs)
+    ctx.save_for_backward(x, w13, w2, weights, *kept)
 
 
 def _backward(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

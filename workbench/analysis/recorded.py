@@ -23,8 +23,8 @@ def balance_history(folder: str | Path, *, first: int = 1, last: int | None = No
         {
             "step": np.repeat(recorded.steps, len(layer_names)),
             "layer": np.tile(np.array(layer_names, dtype=object), len(recorded.steps)),
-            "max_violation": max_violation(recorded.load_SLE).ravel(),
-            "normalized_entropy": normalized_entropy(recorded.load_SLE).ravel(),
-            "dead_experts": dead_experts(recorded.load_SLE).sum(-1).ravel(),
+            "max_violation": max_violation(recorded.load_WLE).ravel(),
+            "normalized_entropy": normalized_entropy(recorded.load_WLE).ravel(),
+            "dead_experts": dead_experts(recorded.load_WLE).sum(-1).ravel(),
         }
     )

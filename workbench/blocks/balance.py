@@ -9,24 +9,16 @@ from torch import Tensor
 from workbench.blocks.router import Routing
 
 
-def batch_balance_loss(routing: Routing) -> Float[Tensor, ""]:
-    """E * sum over experts of (share of choices) * (mean normalised score), over all tokens together.
+def balance_loss(routing: Routing, num_sequences: int) -> Float[Tensor, ""]:
+    """E * sum over experts of (share of choices) * (mean normalised score), within each sequence, then averaged.
 
-    Exactly 1 at perfect balance, whatever the number of experts, choices and tokens. Scores are normalised over all
-    experts first, so that sigmoid scores count like probabilities. Shares carry no gradient.
+    The N tokens of `routing` are `num_sequences` sequences of equal length; 1 judges the whole batch at once. Exactly 1
+    at perfect balance, whatever the number of experts, choices and tokens. Scores are normalised over all experts
+    first, so that sigmoid scores count like probabilities. Shares carry no gradient. We count the choices that the
+    router made; V3's text counts the best unbiased scores, without groups.
 
-    Source: DeepSeek-V2, arXiv 2405.04434, section 2.2.3, equation 23 without its coefficient.
-    """
-    return sequence_balance_loss(routing, num_sequences=1)
-
-
-def sequence_balance_loss(routing: Routing, num_sequences: int) -> Float[Tensor, ""]:
-    """The same product computed within each sequence, then averaged over sequences.
-
-    The N tokens of `routing` are `num_sequences` sequences of equal length. We count the choices that the router made;
-    the paper's text counts the best unbiased scores, without groups.
-
-    Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2, equations 17 to 20 without their coefficient.
+    Source, both without their coefficient: DeepSeek-V2, arXiv 2405.04434, section 2.2.3, equation 23 (per batch);
+    DeepSeek-V3, arXiv 2412.19437, section 2.1.2, equations 17 to 20 (per sequence).
     """
     num_experts = routing.scores.shape[-1]
     shares_BE = choice_counts(routing.indices.unflatten(0, (num_sequences, -1)), num_experts).to(routing.scores.dtype)

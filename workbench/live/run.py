@@ -10,14 +10,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from workbench.live.last_event import last_event
 from workbench.live.mailbox import Mailbox
 from workbench.live.observers import Observers
 from workbench.live.pace import Pace
 from workbench.record import Controls, RunWriter, Snapshot, checkpoint
 from workbench.text import Text
 from workbench.train.events import Checkpoint, Evaluation, Event, Step
-from workbench.train.loop import apply_change, train
+from workbench.train.loop import apply_change, due_after, train
 from workbench.train.recipes import Recipe
 from workbench.train.spikes import SpikeDetector
 from workbench.train.state import TrainState
@@ -249,11 +248,8 @@ class Run:
         event = next(events)
         self._take(event)
         if isinstance(event, Step):
-            last = last_event(self._recipe, event, spike_threshold)
-            while not isinstance(event, last):
-                event = next(events)
-                assert event.step == state.step and not isinstance(event, Step)
-                self._take(event)
+            for _ in due_after(self._recipe, event, spike_threshold):
+                self._take(next(events))
 
     def _may_go_on(self, state: TrainState) -> bool:
         """Follow the controls, waiting while they say so; False when they end the run."""

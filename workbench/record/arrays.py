@@ -26,7 +26,7 @@ _COMPACTED_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive recorded steps [S] with loads [S, L*E] int32 and biases [S, L*E] float32."""
+    """Consecutive recorded steps [W] with loads [W, L*E] int32 and biases [W, L*E] float32."""
 
     steps: np.ndarray
     load: np.ndarray

@@ -18,11 +18,11 @@ from workbench.record.database import connect, read_meta
 
 @dataclass(frozen=True, eq=False)
 class Loads:
-    """Loads (int64) and biases (float32), [S, L, E], of the recorded steps [S]."""
+    """Loads (int64) and biases (float32), [W, L, E], of the recorded steps [W]."""
 
     steps: np.ndarray
-    load_SLE: np.ndarray
-    bias_SLE: np.ndarray
+    load_WLE: np.ndarray
+    bias_WLE: np.ndarray
 
 
 def loads_between(folder: str | Path, first: int = 0, last: int | None = None, every: int = 1) -> Loads:
@@ -42,9 +42,9 @@ def loads_between(folder: str | Path, first: int = 0, last: int | None = None, e
     parts += [_chosen(rows, *within, every) for rows in _read_segments(folder, within)]
     steps = np.concatenate([part.steps for part in parts])
     shape = (len(steps), len(meta.layer_names), meta.num_experts)
-    load_SLE = np.concatenate([part.load for part in parts], dtype=np.int64).reshape(shape)
-    bias_SLE = np.concatenate([part.bias for part in parts]).reshape(shape)
-    return Loads(steps, load_SLE, bias_SLE)
+    load_WLE = np.concatenate([part.load for part in parts], dtype=np.int64).reshape(shape)
+    bias_WLE = np.concatenate([part.bias for part in parts]).reshape(shape)
+    return Loads(steps, load_WLE, bias_WLE)
 
 
 def _read_segments(folder: Path, within: tuple[int, int]) -> list[Rows]:

@@ -15,7 +15,7 @@ from workbench.blocks.router import Router
 from workbench.model.decoder import DecoderOutput
 from workbench.text import Batch, Batches, Text, load
 from workbench.train.evaluate import examine, prepare_examination
-from workbench.train.events import Change, Checkpoint, Event, Spike, Step
+from workbench.train.events import Change, Checkpoint, Evaluation, Event, Spike, Step
 from workbench.train.losses import LossTerms, loss_terms
 from workbench.train.memory import refuse_what_cannot_fit
 from workbench.train.recipes import AuxiliaryLoss, LossFreeBias, Recipe
@@ -52,14 +52,26 @@ def train(
         threshold, loss = spikes.threshold(), event.losses_nats["next_token"]
         spikes.add(loss)
         state.recent_losses = list(spikes.recent)
-        step, last = state.step, state.step == recipe.steps
         apply_change((yield event), state)
-        if loss > threshold:
-            apply_change((yield Spike(step=step, loss_nats=loss, threshold_nats=threshold)), state)
-        if step % recipe.evaluate_every == 0 or last:
-            apply_change((yield examine(state.decoder, exam, recipe, step)), state)
-        if step % recipe.checkpoint_every == 0 or last:
-            apply_change((yield Checkpoint(step=step, state=state)), state)
+        for kind in due_after(recipe, event, threshold):
+            if kind is Spike:
+                due: Event = Spike(step=event.step, loss_nats=loss, threshold_nats=threshold)
+            elif kind is Evaluation:
+                due = examine(state.decoder, exam, recipe, event.step)
+            else:
+                due = Checkpoint(step=event.step, state=state)
+            apply_change((yield due), state)
+
+
+def due_after(recipe: Recipe, step: Step, spike_threshold_nats: float) -> tuple[type[Event], ...]:
+    """The kinds of the events that follow `step` before the next update, in their order."""
+    last = step.step == recipe.steps
+    due = (
+        (Spike, step.losses_nats["next_token"] > spike_threshold_nats),
+        (Evaluation, last or step.step % recipe.evaluate_every == 0),
+        (Checkpoint, last or step.step % recipe.checkpoint_every == 0),
+    )
+    return tuple(kind for kind, holds in due if holds)
 
 
 def refuse_other_vocabulary(recipe: Recipe, text: Text) -> None:

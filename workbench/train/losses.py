@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.blocks.balance import sequence_balance_loss
+from workbench.blocks.balance import balance_loss
 from workbench.model.decoder import DecoderOutput
 
 
@@ -57,7 +57,7 @@ def loss_terms(
     if balance_per is not None:
         for routing in output.routing:
             if routing is not None:
-                balance = balance + sequence_balance_loss(routing, balance_per)
+                balance = balance + balance_loss(routing, balance_per)
     return LossTerms((partition_N - picked_N).mean(), mtp, balance, partition_N.square().mean())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -11,7 +11,7 @@ from workbench.analysis import cache_table, variants
 from workbench.analysis.cache import Precision
 from workbench.widgets.axes import number
 from workbench.widgets.base import View
-from workbench.widgets.content import Content, Frame
+from workbench.widgets.content import Frame, StillContent
 from workbench.widgets.controls import Choice, Control, Number, parse_count
 from workbench.widgets.primitives import Bars, Line, Lines
 
@@ -28,8 +28,8 @@ def cache(config: Any, live: bool | None = None) -> View:
     return View(CacheContent(config), live)
 
 
-class CacheContent(Content):
-    """The cache of one configuration; versions never change, since only the controls do."""
+class CacheContent(StillContent):
+    """The cache of one configuration."""
 
     def __init__(self, config: Any) -> None:
         self._config = config
@@ -42,9 +42,7 @@ class CacheContent(Content):
         }
         self.key = f"cache:{hash(config)}"
 
-    def frame(self, values: Mapping[str, Any], have: int | None = None) -> Frame | None:
-        if have is not None:
-            return None
+    def picture(self, values: Mapping[str, Any]) -> Frame:
         chosen = self._defaults | {name: str(value) for name, value in values.items()}
         unknown = set(chosen) - set(self._defaults)
         if unknown:
@@ -63,20 +61,6 @@ class CacheContent(Content):
             controls=self._controls(),
             ended=True,
         )
-
-    @property
-    def ended(self) -> bool:
-        return False
-
-    @property
-    def settles(self) -> bool:
-        return False
-
-    def act(self, action: str, given: Mapping[str, Any]) -> str:
-        raise ValueError(f"this view has no action {action!r}")
-
-    def on_end(self, callback: Callable[[], None]) -> None:
-        raise AssertionError("a cache view has no end")
 
     def _controls(self) -> tuple[Control, ...]:
         return (

@@ -58,3 +58,32 @@ class Content(ABC):
     @abstractmethod
     def on_end(self, callback: Callable[[], None]) -> None:
         """Call back once, on any thread, when the content has ended."""
+
+
+class StillContent(Content):
+    """A content that never changes by itself, only with its controls, if it has any; its `key` is set by subclasses."""
+
+    @abstractmethod
+    def picture(self, values: Mapping[str, Any]) -> Frame:
+        """The one picture for the values of the controls.
+
+        Raises:
+            ValueError: a value is not allowed.
+        """
+
+    def frame(self, values: Mapping[str, Any], have: int | None = None) -> Frame | None:
+        return self.picture(values) if have is None else None
+
+    @property
+    def ended(self) -> bool:
+        return False
+
+    @property
+    def settles(self) -> bool:
+        return False
+
+    def act(self, action: str, given: Mapping[str, Any]) -> str:
+        raise ValueError(f"this view has no action {action!r}")
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        raise AssertionError("a still view has no end")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from workbench.analysis import DocumentRouting, load_fractions, specialization
 from workbench.widgets.base import View
-from workbench.widgets.content import Content, Frame
+from workbench.widgets.content import Frame, StillContent
 from workbench.widgets.primitives import Bars, Heatmap, Primitive
 from workbench.widgets.routing import HIGHEST_COLOR, Z_TICKS
 
@@ -19,16 +19,14 @@ def corpora(documents: DocumentRouting) -> View:
     return View(CorporaContent(documents), live=False)
 
 
-class CorporaContent(Content):
+class CorporaContent(StillContent):
     """What one model did with one set of documents; it does not change."""
 
     def __init__(self, documents: DocumentRouting) -> None:
         self.key = f"corpora:{id(documents)}"
         self._documents = documents
 
-    def frame(self, values: Mapping[str, Any], have: int | None = None) -> Frame | None:
-        if have is not None:
-            return None
+    def picture(self, values: Mapping[str, Any]) -> Frame:
         names = dict.fromkeys(self._documents.labels)
         return Frame(
             version=1,
@@ -37,20 +35,6 @@ class CorporaContent(Content):
             primitives=tuple(corpora_primitives(self._documents)),
             ended=True,
         )
-
-    @property
-    def ended(self) -> bool:
-        return True
-
-    @property
-    def settles(self) -> bool:
-        return True
-
-    def act(self, action: str, given: Mapping[str, Any]) -> str:
-        raise ValueError(f"this view has no action {action!r}")
-
-    def on_end(self, callback: Callable[[], None]) -> None:
-        callback()
 
 
 def corpora_primitives(documents: DocumentRouting) -> list[Primitive]:
@@ -66,13 +50,13 @@ def corpora_primitives(documents: DocumentRouting) -> list[Primitive]:
                 x_label="routed expert",
                 y_label="layer",
                 z_label="× the layer's mean",
-                values_YX=relative_LE,
+                values_PQ=relative_LE,
                 row_names=documents.layer_names,
                 column_name="expert",
                 low=0.0,
                 high=HIGHEST_COLOR,
                 z_ticks=Z_TICKS,
-                detail_YX=load_LE,
+                detail_PQ=load_LE,
                 detail_label="tokens",
                 span=6,
                 summary=(

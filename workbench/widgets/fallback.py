@@ -203,14 +203,14 @@ def _draw_heatmap(
     figure: Figure, axes: Axes, primitive: Heatmap, box: tuple[float, float, float, float], page: float
 ) -> None:
     norm = Normalize(primitive.low, primitive.high)
-    rows, columns = primitive.values_YX.shape
+    rows, columns = primitive.values_PQ.shape
     edges = (-0.5, columns - 0.5, rows - 0.5, -0.5)
     if rows * columns <= VECTOR_CELLS:
         # Vector cells: sharp at every zoom.
         axes.pcolormesh(
             np.arange(columns + 1) - 0.5,
             np.arange(rows + 1) - 0.5,
-            primitive.values_YX,
+            primitive.values_PQ,
             cmap=COLOR_MAP,
             norm=norm,
             edgecolors="white",
@@ -219,14 +219,14 @@ def _draw_heatmap(
         )
     else:
         axes.imshow(
-            primitive.values_YX, cmap=COLOR_MAP, norm=norm, extent=edges, aspect="auto", interpolation="nearest"
+            primitive.values_PQ, cmap=COLOR_MAP, norm=norm, extent=edges, aspect="auto", interpolation="nearest"
         )
     axes.set_xlim(edges[:2])
     axes.set_ylim(edges[2:])
     axes.set_xticks(whole_ticks(columns, 16))
     axes.set_yticks(labelled_rows(rows), [short(primitive.row_names[i]) for i in labelled_rows(rows)])
-    if primitive.marked_YX is not None and primitive.marked_YX.any():
-        marked_rows, marked_columns = np.nonzero(primitive.marked_YX)
+    if primitive.marked_PQ is not None and primitive.marked_PQ.any():
+        marked_rows, marked_columns = np.nonzero(primitive.marked_PQ)
         axes.plot(marked_columns, marked_rows, "x", color="white", markersize=3.5, markeredgewidth=0.9)
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)

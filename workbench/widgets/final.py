@@ -175,7 +175,7 @@ class _Panel:
                 free_from = at + _text_width([marker.label]) / 600
 
     def _heatmap(self, primitive: Heatmap) -> None:
-        rows, columns = primitive.values_YX.shape
+        rows, columns = primitive.values_PQ.shape
         ticks = labelled_rows(rows)
         bare = {"showline": False, "ticks": ""}
         self._axes(
@@ -197,7 +197,7 @@ class _Panel:
         self.picture.add_trace(
             {
                 "type": "heatmap",
-                "z": _listed(primitive.values_YX),
+                "z": _listed(primitive.values_PQ),
                 "xaxis": self.x,
                 "yaxis": self.y,
                 "zmin": primitive.low,
@@ -223,8 +223,8 @@ class _Panel:
         )
         # Its right end above that of the colour bar: the margin has room for the bar's words alone.
         self.text(escape(primitive.z_label), x=1, at=1, shift=(22, 13), color=SOFT, anchor="right")
-        if primitive.marked_YX is not None and primitive.marked_YX.any():
-            marked_rows, marked_columns = np.nonzero(primitive.marked_YX)
+        if primitive.marked_PQ is not None and primitive.marked_PQ.any():
+            marked_rows, marked_columns = np.nonzero(primitive.marked_PQ)
             self._scatter(
                 marked_columns,
                 marked_rows,
@@ -237,8 +237,8 @@ class _Panel:
     @staticmethod
     def _cell_words(primitive: Heatmap, row: int, column: int) -> str:
         words = f"{primitive.row_names[row]}, {primitive.column_name} {column}"
-        value = f"{primitive.values_YX[row, column]:.4g} {primitive.z_label}"
-        detail = "" if primitive.detail_YX is None else f"{primitive.detail_YX[row, column]:,} {primitive.detail_label}"
+        value = f"{primitive.values_PQ[row, column]:.4g} {primitive.z_label}"
+        detail = "" if primitive.detail_PQ is None else f"{primitive.detail_PQ[row, column]:,} {primitive.detail_label}"
         return "<br>".join(escape(part) for part in (words, value, detail) if part)
 
     def _bars(self, primitive: Bars) -> None:

@@ -98,8 +98,8 @@ def _lines(primitive: Lines, arrays: Arrays) -> dict[str, Any]:
 
 
 def _heatmap(primitive: Heatmap, arrays: Arrays) -> dict[str, Any]:
-    rows, columns = primitive.values_YX.shape
-    detail = primitive.detail_YX
+    rows, columns = primitive.values_PQ.shape
+    detail = primitive.detail_PQ
     return {
         "kind": "heatmap",
         "rows": rows,
@@ -115,10 +115,10 @@ def _heatmap(primitive: Heatmap, arrays: Arrays) -> dict[str, Any]:
         "low": primitive.low,
         "high": primitive.high,
         "zTicks": [[value, text] for value, text in primitive.z_ticks],
-        "values": arrays.add(primitive.values_YX, "f4"),
+        "values": arrays.add(primitive.values_PQ, "f4"),
         "detail": None if detail is None else arrays.add(detail, "i4" if detail.dtype.kind in "iu" else "f4"),
         "detailLabel": primitive.detail_label,
-        "marked": None if primitive.marked_YX is None else arrays.add(primitive.marked_YX, "i4"),
+        "marked": None if primitive.marked_PQ is None else arrays.add(primitive.marked_PQ, "i4"),
         "markLabel": primitive.mark_label,
     }
 

@@ -94,47 +94,47 @@ class Heatmap:
     """A grid of values, rows from top to bottom.
 
     Colours run from `low` to `high`, whatever the data, so that they mean the same at every step and in every run;
-    a value outside takes the colour of the end, which the colour bar says. `detail_YX` is a second number per cell for
-    tooltips and tables (int32 or float32); cells of `marked_YX` get a cross and the words of `mark_label`.
+    a value outside takes the colour of the end, which the colour bar says. `detail_PQ` is a second number per cell for
+    tooltips and tables (int32 or float32); cells of `marked_PQ` get a cross and the words of `mark_label`.
     """
 
     title: str
     x_label: str
     y_label: str
     z_label: str
-    values_YX: np.ndarray
+    values_PQ: np.ndarray
     row_names: tuple[str, ...]
     column_name: str
     low: float
     high: float
     z_ticks: tuple[tuple[float, str], ...]
     summary: str
-    detail_YX: np.ndarray | None = None
+    detail_PQ: np.ndarray | None = None
     detail_label: str = ""
-    marked_YX: np.ndarray | None = None
+    marked_PQ: np.ndarray | None = None
     mark_label: str = ""
     span: int = 8
 
     def __post_init__(self) -> None:
-        if len(self.row_names) != len(self.values_YX):
-            raise ValueError(f"{len(self.row_names)} row names for {len(self.values_YX)} rows of {self.title!r}")
+        if len(self.row_names) != len(self.values_PQ):
+            raise ValueError(f"{len(self.row_names)} row names for {len(self.values_PQ)} rows of {self.title!r}")
 
     @property
     def empty(self) -> bool:
-        return self.values_YX.size == 0
+        return self.values_PQ.size == 0
 
     def frame(self) -> pandas.DataFrame:
         """One row per cell."""
-        rows, columns = self.values_YX.shape
+        rows, columns = self.values_PQ.shape
         table = pandas.DataFrame(
             {
                 self.y_label: np.repeat(np.asarray(self.row_names, dtype=object), columns),
                 self.column_name: np.tile(np.arange(columns), rows),
-                self.z_label: self.values_YX.ravel(),
+                self.z_label: self.values_PQ.ravel(),
             }
         )
-        if self.detail_YX is not None:
-            table[self.detail_label] = self.detail_YX.ravel()
+        if self.detail_PQ is not None:
+            table[self.detail_label] = self.detail_PQ.ravel()
         return table
 
 
