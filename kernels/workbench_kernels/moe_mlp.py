@@ -128,7 +128,8 @@ def _moe_mlp(
     gate_up_M2F = rows_by_experts(take_rows(x, order), w13, order.offs_E)
     gate_MF, up_MF = gate_up_M2F.chunk(2, dim=1)
     y_MK = rows_by_experts(F.silu(gate_MF).mul_(up_MF), w2, order.offs_E)
-    return _mix(y_MK, order.row_NA, weights), gate_up_M2F, *order
+    pair_M, row_NA, offs_E, padding_P = order
+    return _mix(y_MK, row_NA, weights), gate_up_M2F, pair_M, row_NA, offs_E, padding_P
 
 
 @_moe_mlp.register_fake
