@@ -19,7 +19,7 @@ def reference_config(config: ModelConfig) -> DeepseekV3Config:
     assert isinstance(attention, LatentAttention) and isinstance(experts, MixtureOfExperts)
     dense = config.layers[0].feed_forward
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": attention.rope.rope_theta}
-    if (yarn := attention.rope.yarn) is not None:
+    if (yarn := attention.rope.scaling) is not None:
         rope |= {
             "rope_type": "yarn",
             "factor": yarn.factor,

@@ -27,7 +27,7 @@ ropes = st.builds(
     Rope,
     rope_theta=st.floats(2, 1e7),
     rope_interleave=st.booleans(),
-    yarn=st.none()
+    scaling=st.none()
     | st.builds(
         Yarn,
         factor=st.floats(1, 64),

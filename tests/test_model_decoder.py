@@ -56,7 +56,7 @@ MODELS = {
         layers=(
             LayerConfig(
                 replace(
-                    LATENT, rope=Rope(yarn=Yarn(factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0))
+                    LATENT, rope=Rope(scaling=Yarn(factor=4.0, original_max_position_embeddings=8, mscale_all_dim=1.0))
                 ),
                 SPARSE,
             ),

@@ -52,12 +52,12 @@ CASES = {
     "odd ranks, three groups": v3(ODD, GROUPED),
     "no query compression": v3(replace(ODD, q_lora_rank=None), GROUPED),
     "one group, unnormalised weights": v3(ODD, replace(GROUPED, n_group=1, topk_group=1, norm_topk_prob=False)),
-    "YaRN": v3(replace(ODD, rope=Rope(rope_interleave=True, yarn=YARN)), GROUPED),
+    "YaRN": v3(replace(ODD, rope=Rope(rope_interleave=True, scaling=YARN)), GROUPED),
     "YaRN, different mscales": v3(
-        replace(ODD, rope=Rope(rope_interleave=True, yarn=replace(YARN, mscale=0.7, mscale_all_dim=1.3))), GROUPED
+        replace(ODD, rope=Rope(rope_interleave=True, scaling=replace(YARN, mscale=0.7, mscale_all_dim=1.3))), GROUPED
     ),
     "YaRN without mscale": v3(
-        replace(ODD, rope=Rope(rope_interleave=True, yarn=replace(YARN, mscale=None, mscale_all_dim=None))), GROUPED
+        replace(ODD, rope=Rope(rope_interleave=True, scaling=replace(YARN, mscale=None, mscale_all_dim=None))), GROUPED
     ),
     "half layout, another base": v3(replace(ODD, rope=Rope(rope_theta=500.0)), GROUPED),
 }

@@ -54,7 +54,8 @@ V2_ATTENTION = LatentAttention(
     num_attention_heads=4, q_lora_rank=19, kv_lora_rank=18, qk_nope_head_dim=14, qk_rope_head_dim=6, v_head_dim=11
 )
 YARN = Rope(
-    rope_interleave=True, yarn=Yarn(factor=8.0, original_max_position_embeddings=16, mscale=0.707, mscale_all_dim=0.707)
+    rope_interleave=True,
+    scaling=Yarn(factor=8.0, original_max_position_embeddings=16, mscale=0.707, mscale_all_dim=0.707),
 )
 
 
@@ -105,7 +106,7 @@ CASES = {
 
 
 def rope_parameters(rope: Rope) -> dict[str, Any]:
-    if rope.yarn is None:
+    if rope.scaling is None:
         return {"rope_type": "default", "rope_theta": rope.rope_theta}
     names = (
         "factor",
@@ -115,7 +116,7 @@ def rope_parameters(rope: Rope) -> dict[str, Any]:
         "mscale",
         "mscale_all_dim",
     )
-    yarn = {name: getattr(rope.yarn, name) for name in names}
+    yarn = {name: getattr(rope.scaling, name) for name in names}
     return {"rope_type": "yarn", "rope_theta": rope.rope_theta, **yarn}
 
 

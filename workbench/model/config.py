@@ -4,173 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
 
+from workbench.model.attention_config import Attention as Attention
+from workbench.model.attention_config import CompressedAttention as CompressedAttention
+from workbench.model.attention_config import GroupedQueryAttention as GroupedQueryAttention
+from workbench.model.attention_config import HeavyCompression as HeavyCompression
+from workbench.model.attention_config import LatentAttention as LatentAttention
+from workbench.model.attention_config import Llama3Scaling as Llama3Scaling
+from workbench.model.attention_config import Rope as Rope
+from workbench.model.attention_config import SparseCompression as SparseCompression
+from workbench.model.attention_config import SparseLatentAttention as SparseLatentAttention
+from workbench.model.attention_config import Yarn as Yarn
 from workbench.model.codec import from_plain, to_plain
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise `ValueError(message)` unless `holds`."""
-    if not holds:
-        raise ValueError(message)
-
-
-def require_positive(owner: Any, *names: str) -> None:
-    """Raise `ValueError` naming the first of `owner`'s fields `names` that is not a whole number above zero."""
-    for name in names:
-        value = getattr(owner, name)
-        require(type(value) is int and value > 0, f"{name}={value!r} must be a whole number above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Yarn:
-    """Stretching RoPE beyond the window that it was trained on.
-
-    `mscale` and `mscale_all_dim` are the published fields. Both present: cos and sin are scaled by the ratio of their
-    two factors (1 when equal), and the softmax scale by the square of the latter's. Absent: cos and sin are scaled by
-    the factor itself.
-
-    Source: YaRN, arXiv 2309.00071; DeepSeek-V2, arXiv 2405.04434, section 3.1.4.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-
-    def __post_init__(self) -> None:
-        require_positive(self, "original_max_position_embeddings")
-        require(self.factor >= 1, f"factor={self.factor} must be at least 1")
-        require(
-            self.beta_fast > self.beta_slow > 0,
-            f"beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}, and both above 0",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary positions. `rope_interleave`: pairs are neighbours (DeepSeek), otherwise the two halves (Llama)."""
-
-    rope_theta: float = 10_000.0
-    rope_interleave: bool = False
-    yarn: Yarn | None = None
-
-    def __post_init__(self) -> None:
-        require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupedQueryAttention:
-    """Query heads that share key/value heads: as many as heads is MHA, a single one is MQA."""
-
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope: Rope = Rope()
-
-    def __post_init__(self) -> None:
-        require_positive(self, "num_attention_heads", "num_key_value_heads", "head_dim")
-        require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_key_value_heads={self.num_key_value_heads} must divide"
-            f" num_attention_heads={self.num_attention_heads}",
-        )
-        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even (RoPE turns pairs)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentAttention:
-    """Multi-head latent attention (MLA); `q_lora_rank=None` leaves queries uncompressed."""
-
-    num_attention_heads: int
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    rope: Rope = Rope(rope_interleave=True)
-
-    def __post_init__(self) -> None:
-        require_positive(
-            self, "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
-        )
-        if self.q_lora_rank is not None:
-            require_positive(self, "q_lora_rank")
-        require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseFeedForward:
-    """A SwiGLU every token passes through."""
-
-    intermediate_size: int
-
-    def __post_init__(self) -> None:
-        require_positive(self, "intermediate_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixtureOfExperts:
-    """Routed SwiGLU experts, of which every token takes `num_experts_per_tok`, beside `n_shared_experts` that all take.
-
-    `topk_method` is the published name of the choice: `greedy` takes the best experts, `group_limited_greedy` (V2)
-    only within the `topk_group` groups with the best single expert, `noaux_tc` (V3) within the groups with the best
-    two, all by scores plus a selection bias.
-    """
-
-    n_routed_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    n_shared_experts: int = 0
-    scoring_func: Literal["softmax", "sigmoid"] = "sigmoid"
-    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
-    n_group: int = 1
-    topk_group: int = 1
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_positive(
-            self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"
-        )
-        require(
-            type(self.n_shared_experts) is int and self.n_shared_experts >= 0,
-            f"n_shared_experts={self.n_shared_experts!r} must be a whole number, 0 or more",
-        )
-        for name, allowed in (
-            ("scoring_func", ("softmax", "sigmoid")),
-            ("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")),
-        ):
-            value = getattr(self, name)
-            require(value in allowed, f"{name}={value!r} must be one of {', '.join(allowed)}")
-        require(
-            self.n_routed_experts % self.n_group == 0,
-            f"n_group={self.n_group} must divide n_routed_experts={self.n_routed_experts}",
-        )
-        require(
-            self.topk_group <= self.n_group, f"topk_group={self.topk_group} must lie in 1..{self.n_group} (n_group)"
-        )
-        require(
-            self.topk_method != "greedy" or self.n_group == 1,
-            f"topk_method='greedy' knows no groups: n_group={self.n_group} must be 1",
-        )
-        group_size = self.n_routed_experts // self.n_group
-        require(
-            self.topk_method != "noaux_tc" or self.n_group == 1 or group_size >= 2,
-            f"n_group={self.n_group} leaves groups of {group_size}; noaux_tc scores a group by its best two experts",
-        )
-        reachable = self.topk_group * group_size
-        require(
-            self.num_experts_per_tok <= reachable,
-            f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..{reachable} (experts in topk_group groups)",
-        )
-        require(self.routed_scaling_factor > 0, f"routed_scaling_factor={self.routed_scaling_factor} must be above 0")
-
-
-Attention = GroupedQueryAttention | LatentAttention
-FeedForward = DenseFeedForward | MixtureOfExperts
+from workbench.model.feed_forward_config import ClampedActivation as ClampedActivation
+from workbench.model.feed_forward_config import DenseFeedForward as DenseFeedForward
+from workbench.model.feed_forward_config import FeedForward as FeedForward
+from workbench.model.feed_forward_config import MixtureOfExperts as MixtureOfExperts
+from workbench.model.require import require as require
+from workbench.model.require import require_positive as require_positive
 
 
 @dataclass(frozen=True)
@@ -179,6 +30,22 @@ class LayerConfig:
 
     attention: Attention
     feed_forward: FeedForward
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperConnections:
+    """Manifold-constrained hyper-connections (mHC): `hc_mult` residual streams, mixed by doubly stochastic matrices.
+
+    Source: arXiv 2512.24880; DeepSeek-V4, arXiv 2606.19348, section 2.2.
+    """
+
+    hc_mult: int
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require_positive(self, "hc_mult", "hc_sinkhorn_iters")
+        require(self.hc_eps > 0, f"hc_eps={self.hc_eps} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +63,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    hyper_connections: HyperConnections | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")

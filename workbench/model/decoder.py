@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         turns: dict[spec.Attention, Rotation] = {}
         for attention in {layer.attention for layer in (*self.config.layers, *self.config.mtp_layers)}:
             angles_per_position = rotary_frequencies(attention, dtype, positions.device)
-            turns[attention] = rotation(positions, angles_per_position, scale=rotation_scale(attention.rope.yarn))
+            turns[attention] = rotation(positions, angles_per_position, scale=rotation_scale(attention.rope.scaling))
         return turns
 
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> DecoderCache:
@@ -190,7 +190,7 @@ def build_attention(hidden_size: int, attention: spec.Attention) -> GroupedQuery
                 qk_nope_head_dim=attention.qk_nope_head_dim,
                 qk_rope_head_dim=attention.qk_rope_head_dim,
                 v_head_dim=attention.v_head_dim,
-                softmax_scale=key_width**-0.5 * softmax_sharpening(attention.rope.yarn),
+                softmax_scale=key_width**-0.5 * softmax_sharpening(attention.rope.scaling),
                 rotate=rotate,
             )
 
@@ -251,15 +251,15 @@ def rotary_frequencies(attention: spec.Attention, dtype: torch.dtype, device: to
     """Angle per position of every rotary pair of an attention."""
     rope = attention.rope
     width = attention.qk_rope_head_dim if isinstance(attention, spec.LatentAttention) else attention.head_dim
-    if rope.yarn is None:
+    if rope.scaling is None:
         return frequencies(width, rope.rope_theta, dtype=dtype, device=device)
     return yarn_frequencies(
         width,
         rope.rope_theta,
-        factor=rope.yarn.factor,
-        original_max_position_embeddings=rope.yarn.original_max_position_embeddings,
-        beta_fast=rope.yarn.beta_fast,
-        beta_slow=rope.yarn.beta_slow,
+        factor=rope.scaling.factor,
+        original_max_position_embeddings=rope.scaling.original_max_position_embeddings,
+        beta_fast=rope.scaling.beta_fast,
+        beta_slow=rope.scaling.beta_slow,
         dtype=dtype,
         device=device,
     )
