@@ -141,6 +141,33 @@ def test_output_and_gradients_equal_the_reference(kind: str, length: int, dtype:
     assert max(differences.values()) <= allowed, differences
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_index_scores_equal_the_reference(dtype: torch.dtype, allowed: float) -> None:
+    theirs = with_random_weights(reference(dtype).DeepseekV4Attention(tiny_config(KINDS["sparse"]), 0), dtype).eval()
+    ours = with_weights_of(empty_block("sparse"), theirs, dtype)
+    assert isinstance(ours, CompressedAttention)
+    x, scores = tokens(41, dtype), []
+    theirs.get_submodule("compressor.indexer.scorer").register_forward_hook(lambda *call: scores.append(call[2]))
+    reference_output(theirs, "sparse", x)
+    read = ours.entries(x, ours.q_a_norm(ours.q_a_proj(x)), turn("sparse", 41, dtype))
+    assert read is not None and read.scores is not None and read.scores.shape == (2, 41, 13)
+    assert largest_difference(read.scores, scores[0]) <= allowed
+
+
+def test_sixteen_bit_attention_has_float32_statistics() -> None:
+    """Two of 500 keys have the logit -9.9, which bfloat16 rounds to -9.875: their weights would be off by 2.5 %."""
+    key = torch.zeros(1, 500, 2, dtype=torch.bfloat16)
+    key[:, :2, 0] = 1
+    query = torch.zeros(1, 1, 1, 2, dtype=torch.bfloat16)
+    query[..., 0] = -9
+    read = torch.ones(1, 1, 500, dtype=torch.bool)
+    sinks = torch.full((1,), 1.3, dtype=torch.bfloat16)
+    mixed = sink_attention(query, key, read, sinks, scale=1.1)
+    expected = sink_attention(query.double(), key.double(), read, sinks.double(), scale=1.1)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.double(), expected, rtol=2**-8, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pieces", [[23], [1] * 23, [4, 1, 11, 2, 1, 4], [9, 9, 5], [2, 3, 1, 17]])
 def test_cached_equals_full(kind: str, pieces: list[int]) -> None:

@@ -115,7 +115,7 @@ class SparseCompressor(Pool):
         key_BSK = self.pool(x, turn, cache)
         scores_BTS = self.indexer(x, query_latent, turn, index_cache)
         closed_TS = closed(first, x.shape[1], key_BSK.shape[1], self.compress_ratio, x.device)
-        return Entries(key_BSK, chosen(scores_BTS.detach(), closed_TS, self.index_topk), scores_BTS)
+        return Entries(key_BSK, chosen(scores_BTS, closed_TS, self.index_topk), scores_BTS)
 
 
 def chosen(scores: Float[Tensor, "B T S"], closed: Bool[Tensor, "T S"], index_topk: int) -> Bool[Tensor, "B T S"]:
