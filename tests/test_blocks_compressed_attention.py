@@ -342,3 +342,15 @@ def test_impossible_sizes_are_refused() -> None:
         SparseCompressor(
             8, 4, q_lora_rank=3, compress_ratio=2, index_n_heads=1, index_head_dim=4, index_topk=0, eps=1e-6
         )
+    with pytest.raises(ValueError, match="index_head_dim=4 needs a compress_ratio"):
+        CompressedCache(
+            1,
+            8,
+            head_dim=4,
+            qk_rope_head_dim=2,
+            sliding_window=2,
+            compress_ratio=None,
+            index_head_dim=4,
+            dtype=torch.float32,
+            device=CPU,
+        )

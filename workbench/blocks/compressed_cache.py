@@ -96,7 +96,7 @@ class CompressedCache:
     without overlap.
 
     Raises:
-        ValueError: more tokens are appended than `max_length`.
+        ValueError: more tokens are appended than `max_length`, or there are index keys without compression.
 
     Source: DeepSeek-V4, arXiv 2606.19348, section 2.3.
     """
@@ -115,7 +115,8 @@ class CompressedCache:
         device: torch.device,
     ) -> None:
         def pool(width: int) -> PoolCache:
-            assert compress_ratio is not None
+            if compress_ratio is None:
+                raise ValueError(f"index_head_dim={index_head_dim} needs a compress_ratio, not None")
             return PoolCache(
                 batch_size,
                 max_length,
