@@ -73,7 +73,8 @@ def lift_float32_casts(peer: Any) -> None:
     """Let a reference already cast to float64 compute in it throughout, and choose the lowest index of equal scores.
 
     Its norms and its indexer cast to float32 by name. Its indexer leaves ties to `torch.topk`, whose order follows
-    neither index nor value and changes with the number of keys: there it is at fault, and the order is replaced.
+    neither index nor value and changes with the number of keys: there it is at fault, and the order is replaced. (With
+    two index heads, 3 to 7 keys of 33, its outputs for 32 tokens moved by up to 0.3 to 0.5 when a 33rd followed them.)
     """
     for module in peer.modules():
         if type(module).__name__ == "DeepseekV32RMSNorm":

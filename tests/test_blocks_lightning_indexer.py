@@ -26,16 +26,17 @@ def test_scores_by_hand() -> None:
 
 
 def test_an_indexers_scores_by_hand() -> None:
-    """One head of width 3, of which the first two numbers turn by a quarter; the query turns, the key is given."""
-    indexer = LightningIndexer(2, 1, index_head_dim=3, q_lora_rank=1, qk_rope_head_dim=2)
+    """Two heads of width 3, of which the first two numbers turn by a quarter; queries turn, keys are given."""
+    indexer = LightningIndexer(2, 2, index_head_dim=3, q_lora_rank=1, qk_rope_head_dim=2)
     with torch.no_grad():
-        indexer.wq_b.weight.copy_(torch.tensor([[1.0], [0.0], [5.0]]))
-        indexer.weights_proj.weight.copy_(torch.tensor([[2.0, 0.0]]))
+        indexer.wq_b.weight.copy_(torch.tensor([1.0, 0.0, 5.0, 0.0, -1.0, 0.0])[:, None])
+        indexer.weights_proj.weight.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
     quarter = Rotation(torch.tensor([[0.0]]), torch.tensor([[1.0]]))
     x, compressed = torch.tensor([[[3.0, 7.0]]]), torch.ones(1, 1, 1)
-    # The query (1, 0, 5) becomes (0, 1, 5); its weight is 2 * 3 / sqrt(1 head * 3 numbers).
-    keys = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, -1.0]]])
-    expected = torch.tensor([[[0.0, 1.0, 5.0, 0.0]]]) * 6 / math.sqrt(3)
+    # The queries (1, 0, 5) and (0, -1, 0) become (0, 1, 5) and (1, 0, 0); their weights are 2 * 3 and 1 * 7, both
+    # divided by sqrt(2 heads * 3 numbers).
+    keys = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, -1.0]]])
+    expected = torch.tensor([[[7.0, 6.0, 7.0 + 30.0, 0.0]]]) / math.sqrt(6)
     torch.testing.assert_close(indexer(x, compressed, keys, quarter), expected)
 
 
@@ -106,6 +107,13 @@ def test_loss_by_hand() -> None:
     guess = indexer_loss(torch.tensor([[[0.0, math.log(4.0), 0.0]]]), attention, selected)
     # Now against (1/5, 4/5): the direction of the divergence shows.
     assert float(guess) == pytest.approx(0.75 * math.log(3.75) + 0.25 * math.log(0.3125), rel=1e-6)
+    # A second query, whose indexer is right, halves the mean.
+    both = indexer_loss(
+        torch.tensor([[[5.0, 5.0, -7.0], [2.0, 2.0, 0.0]]]),
+        torch.tensor([[[3.0, 1.0, 8.0], [1.0, 1.0, 8.0]]]),
+        selected.expand(1, 2, 3),
+    )
+    torch.testing.assert_close(both, even / 2)
 
 
 def test_loss_is_zero_where_the_indexer_says_what_attention_does() -> None:

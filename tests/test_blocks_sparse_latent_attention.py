@@ -195,7 +195,7 @@ def test_where_all_scores_are_equal_the_first_keys_are_read() -> None:
     x = inputs(17)
     output = block(x, turn(0, 17))
     assert torch.equal(output.selected[0], visible(17, 17, CPU) & (torch.arange(17) < 4))
-    # Query 16 therefore reads what it would in a sequence of the first four tokens and itself, without itself.
+    # What the last query does not select it does not touch: no number in its place changes nothing.
     cache = new_cache(17)
     block(x[:, :16], turn(0, 16), cache)
     cache.latents.latent[:, 4:16], cache.latents.key_rope[:, 4:16] = torch.nan, torch.nan
@@ -292,6 +292,8 @@ def test_a_narrower_cache_hands_back_what_came_in() -> None:
     last = block(x[:, 16:], turn(16, 1), cache)
     assert last.hidden.dtype == torch.float64 and cache.index_key.dtype == torch.float32
     assert 1e-12 < difference(last.hidden, full.hidden[:, 16:]) < 1e-5
+    parts = (torch.zeros(2, 1, width, dtype=torch.float64) for width in (17, 6, 11))
+    assert {part.dtype for part in new_cache(1, torch.float32).append(*parts)} == {torch.float64}
 
 
 def test_a_full_cache_refuses_and_keeps_what_it_has() -> None:

@@ -76,8 +76,7 @@ def select(scores: Float[Tensor, "B T S"], visible: Bool[Tensor, "T S"], *, inde
     """
     if index_topk < 1:
         raise ValueError(f"index_topk={index_topk} must be at least 1")
-    # A weighted 0 can be a negative zero, which some devices sort below the positive one.
-    hidden_as_last_BTS = (scores.detach() + 0.0).masked_fill(~visible, -torch.inf)
+    hidden_as_last_BTS = scores.masked_fill(~visible, -torch.inf)
     keys_BTY = best(hidden_as_last_BTS.flatten(0, 1), index_topk).unflatten(0, scores.shape[:2])
     seen_T1 = visible.sum(-1, keepdim=True)
     places_Y = torch.arange(keys_BTY.shape[-1], device=scores.device)
