@@ -11,6 +11,7 @@ One letter per axis, the same everywhere; a tensor in the code is called `meanin
                                     C  latent width             J  expert groups
     W  recorded steps               O  corpora                  I  experts per group
     P  rows of a picture            Q  columns of a picture     X  several axes in one
+    Y  keys that a query selects
 
 Inside `workbench_kernels`, matrix products keep BLAS's M, N, K.
 

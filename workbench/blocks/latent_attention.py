@@ -22,8 +22,8 @@ class LatentQuery(NamedTuple):
     rope: Float[Tensor, "B T H R"]
 
 
-class LatentAttention(nn.Module):
-    """Causal attention whose cache holds the latent and one shared positional key instead of keys and values.
+class LatentProjections(nn.Module):
+    """The weights of latent attention, and what they make of each token; which keys are read is a subclass's matter.
 
     `q_lora_rank=None` leaves queries uncompressed. The softmax scale belongs to the decompressed width
     (qk_nope_head_dim + qk_rope_head_dim), in the absorbed form as well.
@@ -64,22 +64,13 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_attention_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=False)
 
-    def forward(
-        self, x: Float[Tensor, "B T D"], turn: Rotation, cache: LatentCache | None = None
-    ) -> Float[Tensor, "B T D"]:
-        query = self.query(x, turn)
-        latent_BSC, key_rope_BSR = self.latent(x, turn)
-        if cache is not None:
-            latent_BSC, key_rope_BSR = cache.append(latent_BSC, key_rope_BSR)
-        # A single new token is cheaper to match against the latents than to decompress the whole past for.
-        attend = absorbed_attention if latent_BSC.shape[1] > x.shape[1] == 1 else naive_attention
-        up_HXC = self.kv_b_proj.weight.unflatten(0, (self.num_attention_heads, -1))
-        mixed_BTHU = attend(query, latent_BSC, key_rope_BSR, up_HXC, scale=self.softmax_scale)
-        return self.o_proj(mixed_BTHU.flatten(-2))
+    def compressed_query(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T rank"]:
+        """What queries are made of: the normed low-rank form of x, or x itself where they are uncompressed."""
+        return self.q_a_layernorm(self.q_a_proj(x)) if self.compresses_query else x
 
-    def query(self, x: Float[Tensor, "B T D"], turn: Rotation) -> LatentQuery:
+    def query(self, compressed: Float[Tensor, "B T rank"], turn: Rotation) -> LatentQuery:
         """The queries of the T tokens, their positional part rotated."""
-        flat = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_query else self.q_proj(x)
+        flat = self.q_b_proj(compressed) if self.compresses_query else self.q_proj(compressed)
         nope_BTHK, rope_BTHR = flat.unflatten(-1, (self.num_attention_heads, -1)).split(self.query_widths, dim=-1)
         return LatentQuery(nope_BTHK, self.rotate(rope_BTHR, turn))
 
@@ -89,6 +80,26 @@ class LatentAttention(nn.Module):
         """What the cache keeps of the T tokens: the normed latent and the rotated key shared by all heads."""
         latent_BTC, key_rope_BTR = self.kv_a_proj_with_mqa(x).split(self.latent_widths, dim=-1)
         return self.kv_a_layernorm(latent_BTC), self.rotate(key_rope_BTR.unsqueeze(2), turn).squeeze(2)
+
+    def up(self) -> Float[Tensor, "H X C"]:
+        """The up-projection by head: of its X rows the first K make keys from the latent, the others values."""
+        return self.kv_b_proj.weight.unflatten(0, (self.num_attention_heads, -1))
+
+
+class LatentAttention(LatentProjections):
+    """Causal attention whose cache holds the latent and one shared positional key instead of keys and values."""
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], turn: Rotation, cache: LatentCache | None = None
+    ) -> Float[Tensor, "B T D"]:
+        query = self.query(self.compressed_query(x), turn)
+        latent_BSC, key_rope_BSR = self.latent(x, turn)
+        if cache is not None:
+            latent_BSC, key_rope_BSR = cache.append(latent_BSC, key_rope_BSR)
+        # A single new token is cheaper to match against the latents than to decompress the whole past for.
+        attend = absorbed_attention if latent_BSC.shape[1] > x.shape[1] == 1 else naive_attention
+        mixed_BTHU = attend(query, latent_BSC, key_rope_BSR, self.up(), scale=self.softmax_scale)
+        return self.o_proj(mixed_BTHU.flatten(-2))
 
 
 def naive_attention(
@@ -103,12 +114,18 @@ def naive_attention(
 
     Of the X rows of `up` per head, the first K make keys and the other U values.
     """
-    key_width = query.nope.shape[-1]
+    key_BSHK, value_BSHU = decompress(latent, key_rope, up, key_width=query.nope.shape[-1])
+    return causal_attention(join_by_head(query.nope, query.rope), key_BSHK, value_BSHU, scale)
+
+
+def decompress(
+    latent: Float[Tensor, "B S C"], key_rope: Float[Tensor, "B S R"], up: Float[Tensor, "H X C"], *, key_width: int
+) -> tuple[Float[Tensor, "B S H K"], Float[Tensor, "B S H U"]]:
+    """Every head's keys, content and position side by side, and its values; `key_width` is that of the content."""
     key_value_BSHX = (latent @ up.flatten(0, 1).mT).unflatten(-1, up.shape[:2])
     key_nope_BSHK, value_BSHU = key_value_BSHX.split((key_width, up.shape[1] - key_width), dim=-1)
     shared_BSHR = key_rope.unsqueeze(2).expand(-1, -1, up.shape[0], -1)
-    query_BTHK = join_by_head(query.nope, query.rope)
-    return causal_attention(query_BTHK, join_by_head(key_nope_BSHK, shared_BSHR), value_BSHU, scale)
+    return join_by_head(key_nope_BSHK, shared_BSHR), value_BSHU
 
 
 def join_by_head(nope: Float[Tensor, "B S H K"], rope: Float[Tensor, "B S H R"]) -> Float[Tensor, "B S H _"]:
