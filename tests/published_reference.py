@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from workbench.model.config import (
@@ -166,19 +167,17 @@ def v4(hf: Any) -> ModelConfig:
         "compressed_sparse_attention": CompressedAttention(rope=compressed, compression=sparse, **sizes),
         "heavily_compressed_attention": CompressedAttention(rope=compressed, compression=heavy, **sizes),
     }
-    experts = {
-        kind: MixtureOfExperts(
-            n_routed_experts=hf.n_routed_experts,
-            num_experts_per_tok=hf.num_experts_per_tok,
-            moe_intermediate_size=hf.moe_intermediate_size,
-            n_shared_experts=1,
-            scoring_func=hf.scoring_func,
-            topk_method=method,
-            routed_scaling_factor=hf.routed_scaling_factor,
-            activation=ClampedActivation(limit=hf.swiglu_limit),
-        )
-        for kind, method in (("moe", "noaux_tc"), ("hash_moe", "hash"))
-    }
+    moe = MixtureOfExperts(
+        n_routed_experts=hf.n_routed_experts,
+        num_experts_per_tok=hf.num_experts_per_tok,
+        moe_intermediate_size=hf.moe_intermediate_size,
+        n_shared_experts=1,
+        scoring_func=hf.scoring_func,
+        topk_method="noaux_tc",
+        routed_scaling_factor=hf.routed_scaling_factor,
+        activation=ClampedActivation(limit=hf.swiglu_limit),
+    )
+    experts = {"moe": moe, "hash_moe": replace(moe, topk_method="hash")}
     layers = [LayerConfig(attentions[a], experts[f]) for a, f in zip(hf.layer_types, hf.mlp_layer_types, strict=True)]
     streams = HyperConnections(hc_mult=hf.hc_mult, hc_sinkhorn_iters=hf.hc_sinkhorn_iters, hc_eps=hf.hc_eps)
     return around(hf, layers, hyper_connections=streams)

@@ -118,17 +118,17 @@ def test_every_parameter_of_a_small_model_counts(name: str) -> None:
         del plain["intermediate_size"]
     config = from_hf(plain)
     assert parameters(config).total == held(plain)
-    # Without the experts that a token does not visit nothing is left to leave out.
-    experts = [layer.feed_forward for layer in config.layers if isinstance(layer.feed_forward, MixtureOfExperts)]
-    idle = sum(
-        (e.n_routed_experts - e.num_experts_per_tok)
-        * (
-            3 * config.hidden_size * e.moe_intermediate_size
-            + e.expert_bias * (2 * e.moe_intermediate_size + config.hidden_size)
-        )
-        for e in experts
-    )
-    assert parameters(config).active == parameters(config).total - idle
+    idle = 0
+    for layer in config.layers:
+        if isinstance(e := layer.feed_forward, MixtureOfExperts):
+            biases = e.expert_bias * (2 * e.moe_intermediate_size + config.hidden_size)
+            one = 3 * config.hidden_size * e.moe_intermediate_size + biases
+            idle += (e.n_routed_experts - e.num_experts_per_tok) * one
+    count, embedding = parameters(config), config.vocab_size * config.hidden_size
+    assert count.active == count.total - idle
+    # Tied, the one matrix is the head too, which a token meets.
+    assert count.active_without_embedding == count.active - (0 if config.tie_word_embeddings else embedding)
+    assert count.active_without_embedding_and_head == count.active_without_embedding - embedding
 
 
 @pytest.mark.parametrize("name", config_names())
