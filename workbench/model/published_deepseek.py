@@ -68,8 +68,7 @@ def deepseek_v3(fields: Fields) -> ModelConfig:
     """DeepSeek-V3 and R1, Kimi-K2, Moonlight.
 
     The further prediction depths are those that the file states (`num_nextn_predict_layers` or `num_mtp_layers`); a
-    file that says nothing has none, where the reference class would assume one. No checkpoint of this type leaves the
-    field out and ships such layers.
+    file that says nothing has none, where the reference class would assume one.
     """
     window = fields.integer("max_position_embeddings", default=4096)
     interleave = fields.flag("rope_interleave", default=True, null=False)
