@@ -107,10 +107,10 @@ def test_experts_that_do_not_go_together(change: dict, message: str) -> None:
         ),
         (
             lambda: GroupedQueryAttention(num_attention_heads=8, num_key_value_heads=4, head_dim=5),
-            "head_dim=5 must be even",
+            "head_dim=5 x partial_rotary_factor=1.0 must give an even number above 0",
         ),
         (lambda: Yarn(factor=0.5, original_max_position_embeddings=8), "factor=0.5 must be at least 1"),
-        (lambda: Yarn(factor=2.0, original_max_position_embeddings=8, beta_fast=0.5), "beta_fast=0.5 must be above"),
+        (lambda: Yarn(factor=2.0, original_max_position_embeddings=8, beta_fast=0.5), "beta_fast=0.5 must be at least"),
         (lambda: Rope(rope_theta=1.0), "rope_theta=1.0 must be above 1"),
         (lambda: DenseFeedForward(intermediate_size=0), "intermediate_size=0 must be a whole number above 0"),
         (lambda: ModelConfig(vocab_size=8, hidden_size=8, layers=()), "layers=\\(\\) must hold at least one layer"),

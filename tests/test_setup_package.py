@@ -38,6 +38,8 @@ def test_the_wheel_holds_two_packages_and_nothing_else(wheel: Path):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"workbench", "workbench_kernels"}
     assert {"workbench/py.typed", "workbench/headless/template/index.html.j2"} <= set(names)
+    models = {f"workbench/data/models/{path.name}" for path in (ROOT / "data" / "models").iterdir()}
+    assert {name for name in names if name.startswith("workbench/data/")} == {*models, "workbench/data/published.csv"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -51,6 +53,10 @@ assert workbench.__version__
 print(workbench.__file__)
 print(importlib.util.find_spec("workbench_kernels").origin)
 assert importlib.util.find_spec("kernels") is None
+assert workbench.config("deepseek-v3").num_nextn_predict_layers == 1
+from workbench.model.published import data_folder
+print(data_folder() / "published.csv")
+assert (data_folder() / "published.csv").is_file()
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -60,7 +66,26 @@ assert importlib.util.find_spec("kernels") is None
         text=True,
         check=True,
     )
-    assert [line.startswith(str(site)) for line in done.stdout.splitlines()] == [True, True]
+    assert [line.startswith(str(site)) for line in done.stdout.splitlines()] == [True, True, True]
+
+
+def test_published_configurations_open_in_the_checkout_too(tmp_path: Path):
+    code = "import workbench; print(workbench.__file__, len(workbench.config('deepseek-v3').layers))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[1] == "61"
+
+
+def test_an_editable_install_shows_the_packages_and_nothing_else(tmp_path: Path):
+    """A folder of its own beside them, of data say, would hide the package that the installation points to."""
+    code = """
+import sys
+from hatchling.builders.wheel import WheelBuilder
+print(*WheelBuilder(sys.argv[1]).build(versions=["editable"], directory=sys.argv[2]))
+"""
+    build = [sys.executable, "-c", code, str(ROOT), str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=True)
+    names = zipfile.ZipFile(done.stdout.strip()).namelist()
+    assert not [name for name in names if name.startswith(("workbench/", "workbench_kernels/", "data/", "kernels/"))]
 
 
 def needed(distribution: str, extras: set[str], seen: dict[str, set[str]]) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from workbench.doctor import examine
     from workbench.model.config import ModelConfig as ModelConfig
     from workbench.model.decoder import Decoder as Decoder
+    from workbench.model.published import config as config
     from workbench.text import Files as Files
     from workbench.text import Mixture as Mixture
     from workbench.text import StdlibCode as StdlibCode
@@ -57,6 +58,7 @@ _HOME = {
     "Recipe": "workbench.train.recipes",
     "StdlibCode": "workbench.text",
     "StdlibProse": "workbench.text",
+    "config": "workbench.model.published",
     "small_v3": "workbench.train.recipes",
     "toy_v3": "workbench.train.recipes",
 }

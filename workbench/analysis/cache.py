@@ -124,8 +124,8 @@ def cache_table(
 
     `elements_per_token` and `bytes_per_token` are those of one token in all layers; `bytes` is the whole cache of
     `batch_size` sequences of `context` tokens. `provenance` is `predicted` throughout: a storage formula, elements
-    times the width of the type. For `float8` that is 1 byte; the scales that such a cache needs beside it are not
-    counted, and the decoder of this project keeps no such cache.
+    times the width of the type; `float8` has scales beside it and a latent's positional part in BF16 (see
+    `workbench.model.count.cache_bytes`).
 
     Raises:
         ValueError: sizes that do not go together, an unknown precision, or a batch size or context below 1.

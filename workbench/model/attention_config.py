@@ -32,8 +32,8 @@ class Yarn:
         require_positive(self, "original_max_position_embeddings")
         require(self.factor >= 1, f"factor={self.factor} must be at least 1")
         require(
-            self.beta_fast > self.beta_slow > 0,
-            f"beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}, and both above 0",
+            self.beta_fast >= self.beta_slow > 0,
+            f"beta_fast={self.beta_fast} must be at least beta_slow={self.beta_slow}, and both above 0",
         )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from workbench.model.attention_config import Attention as Attention
 from workbench.model.attention_config import CompressedAttention as CompressedAttention
@@ -98,3 +101,10 @@ class ModelConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"not a model configuration: {error}") from None
         return from_plain(cls, plain)
+
+    @classmethod
+    def from_hf(cls, source: Mapping[str, Any] | str | Path) -> ModelConfig:
+        """The model that a published `config.json` describes; see `workbench.model.published.from_hf`."""
+        from workbench.model.published import from_hf
+
+        return from_hf(source)
