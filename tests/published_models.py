@@ -35,6 +35,7 @@ from workbench.model.hf_names import mtp_depth
 VOCABULARY = 61
 DENSE = DenseFeedForward(intermediate_size=37)
 YARN = Yarn(factor=8.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=1.3)
+V4_YARN = Yarn(factor=8.0, original_max_position_embeddings=16, attention_factor=1.0)
 LATENT = LatentAttention(
     num_attention_heads=4,
     q_lora_rank=19,
@@ -97,7 +98,7 @@ def v4() -> ModelConfig:
         o_lora_rank=6,
         sliding_window=8,
     )
-    stretched = Rope(rope_interleave=True, rope_theta=160000.0, scaling=replace(YARN, mscale=None, mscale_all_dim=None))
+    stretched = Rope(rope_interleave=True, rope_theta=160000.0, scaling=V4_YARN)
     sparse = SparseCompression(compress_ratio=4, index_n_heads=2, index_head_dim=8, index_topk=2)
     hashed = replace(V4_EXPERTS, topk_method="hash")
     return model(

@@ -21,6 +21,7 @@ from workbench.blocks.router import Router
 from workbench.model.decoder import Decoder
 from workbench.model.fp8 import dequantize
 from workbench.model.pretrained import load, save
+from workbench.model.progress_bar import progress_bar
 
 ALLOWED = 1e-5
 V3 = BUILT["deepseek_v3"]
@@ -188,28 +189,34 @@ def quantized(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return (weight / 2).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
+def all_fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make every projection FP8 in blocks of 128 x 128, and the rest bfloat16; returns what the FP8 ones mean."""
+    torch.manual_seed(2)
+    expected = {}
+    for name, tensor in list(tensors.items()):
+        if "proj" in name:
+            pairs = [quantized(matrix, (128, 128)) for matrix in tensor.reshape(-1, *tensor.shape[-2:])]
+            weights, scales = (torch.stack(part) for part in zip(*pairs, strict=True))
+            tensors[name] = weights.reshape(tensor.shape)
+            tensors[f"{name}_scale_inv"] = scales.reshape(*tensor.shape[:-2], *scales.shape[1:])
+            values = torch.stack([dequantize(*pair, block=(128, 128)) for pair in pairs])
+            expected[name] = values.reshape(tensor.shape).to(torch.bfloat16)
+        elif "e_score" not in name:
+            tensors[name] = tensor.to(torch.bfloat16)
+    return expected
+
+
 @pytest.mark.parametrize("form", ["single experts", "stacked experts"])
 def test_an_fp8_folder_is_loaded_as_its_dequantised_weights(form: str, tmp_path: Path) -> None:
     wide = replace(V3, hidden_size=200)
     decoder = make(wide)
     save(decoder, tmp_path / "saved")
-    block, expected = (128, 128), {}
+    expected: dict[str, Tensor] = {}
 
     def quantise(tensors: dict[str, Tensor]) -> None:
         if form == "stacked experts":
             stacked(tensors)
-        torch.manual_seed(2)
-        for name, tensor in list(tensors.items()):
-            if "proj" in name:
-                pairs = [quantized(matrix, block) for matrix in tensor.reshape(-1, *tensor.shape[-2:])]
-                weights, scales = (torch.stack(part) for part in zip(*pairs, strict=True))
-                outer = tensor.shape[:-2]
-                tensors[name] = weights.reshape(tensor.shape)
-                tensors[f"{name}_scale_inv"] = scales.reshape(*outer, *scales.shape[1:])
-                values = torch.stack([dequantize(*pair, block=block) for pair in pairs])
-                expected[name] = values.reshape(tensor.shape).to(torch.bfloat16)
-            elif "e_score" not in name:
-                tensors[name] = tensor.to(torch.bfloat16)
+        expected.update(all_fp8(tensors))
 
     edit(tmp_path / "saved", quantise)
     edit_json(
@@ -462,6 +469,25 @@ def test_progress_counts_the_bytes_once_each(tmp_path: Path, capsys: pytest.Capt
     assert said.out == "" and said.err == ""
 
 
+def test_slow_work_draws_a_bar_on_the_error_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    advance = progress_bar("loading x", delay_s=0.0)
+    for done in (0, 5 * 10**8, 5 * 10**8 + 1, 10**9):
+        advance(done, 10**9)
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.removesuffix("\n").split("\r")[1:]
+    assert [line.count("#") for line in lines] == [0, 12, 25] and lines[-1].endswith("1.00 of 1.00 GB")
+
+
+def test_files_may_be_links_as_in_a_download_cache(tmp_path: Path) -> None:
+    decoder = make(V3)
+    save(decoder, tmp_path / "blobs", max_shard_bytes=20_000)
+    (tmp_path / "snapshot").mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    assert_same(load(tmp_path / "snapshot", config=V3), decoder)
+
+
 MEASURE = """
 import resource, sys, threading, time
 from pathlib import Path
@@ -486,8 +512,16 @@ print((peak * 1024 - before) / held, held)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("dtype", "shard"), [("float32", 10**10), ("float32", 2 * 10**7), ("bfloat16", 10**10)])
-def test_loading_takes_little_more_memory_than_the_model(dtype: str, shard: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "shard", "fp8"),
+    [
+        ("float32", 10**10, False),
+        ("float32", 2 * 10**7, False),
+        ("bfloat16", 10**10, False),
+        ("bfloat16", 10**10, True),
+    ],
+)
+def test_loading_takes_little_more_memory_than_the_model(dtype: str, shard: int, fp8: bool, tmp_path: Path) -> None:
     experts = replace(V3.layers[1].feed_forward, moe_intermediate_size=256, n_routed_experts=16)
     wide = replace(
         V3, hidden_size=512, vocab_size=2000, layers=(V3.layers[0], *[replace(V3.layers[1], feed_forward=experts)] * 4)
@@ -495,6 +529,8 @@ def test_loading_takes_little_more_memory_than_the_model(dtype: str, shard: int,
     for name, config in (("small", V3), ("ours", wide)):
         (tmp_path / f"{name}.json").write_text(config.to_json())
         save(make(config), tmp_path / name, max_shard_bytes=shard)
+    if fp8:
+        edit(tmp_path / "ours", all_fp8)
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "ours"), dtype], capture_output=True, text=True, check=False
     )

@@ -60,7 +60,7 @@ def test_transformers_finds_every_tensor_under_the_names_that_are_written(model_
     peer = peer_of(config, tmp_path / "saved")
     state = our_state(peer.state_dict(), model_type)
     places = written(state, model_type, num_hidden_layers=len(config.layers))
-    tensors = {name: place.view(state[place.key]).reshape(place.shape).clone() for name, place in places.items()}
+    tensors = {name: place.view(state[place.key]).reshape(place.shape).contiguous() for name, place in places.items()}
     save_file(tensors, tmp_path / "saved" / "model.safetensors", metadata={"format": "pt"})
     read = reference(tmp_path / "saved").state_dict()
     for name, tensor in peer.state_dict().items():
@@ -106,13 +106,14 @@ def test_transformers_understands_every_field(model_type: str, tmp_path: Path) -
     else:
         rope = theirs["rope_parameters"]
         assert rope["rope_theta"] == fields["rope_theta"]
-    for name, value in (fields["rope_scaling"] or {}).items():
+    for name, value in (fields["rope_scaling"] or {"rope_type": "default"}).items():
         assert rope[name] == value, name
     if model_type == "glm4_moe":
         assert rope["partial_rotary_factor"] == fields["partial_rotary_factor"]
 
 
 V3, GLM, MIXTRAL = BUILT["deepseek_v3"], TYPES["glm4_moe"], TYPES["mixtral"]
+STRETCHED = Rope(rope_interleave=True, scaling=YARN)
 V4, GPT_OSS = TYPES["deepseek_v4"], TYPES["gpt_oss"]
 
 
@@ -124,7 +125,11 @@ def experts(config: ModelConfig, **changes: Any) -> ModelConfig:
 
 
 def attention(config: ModelConfig, **changes: Any) -> ModelConfig:
-    return replace(config, layers=tuple(replace(x, attention=replace(x.attention, **changes)) for x in config.layers))
+    return replace(config, layers=tuple(attention_of(layer, **changes) for layer in config.layers))
+
+
+def attention_of(layer: LayerConfig, **changes: Any) -> LayerConfig:
+    return replace(layer, attention=replace(layer.attention, **changes))
 
 
 MISFITS: dict[str, tuple[ModelConfig, str | None, str]] = {
@@ -172,9 +177,15 @@ MISFITS: dict[str, tuple[ModelConfig, str | None, str]] = {
         "hidden_size a multiple of num_attention_heads; 50 is none of 4",
     ),
     "wide OLMoE heads": (attention(TYPES["olmoe"], head_dim=14), None, "olmoe has head_dim=12 only"),
+    "V4 predicting further": (replace(V4, mtp_layers=V4.layers[-1:]), None, "mtp_layers must be"),
     "V4 hashed late": (replace(V4, layers=V4.layers[::-1]), None, "deepseek_v4 has topk_method='hash' only"),
+    "V4 of another factor": (
+        replace(V4, layers=(V4.layers[0], *(attention_of(x, rope=STRETCHED) for x in V4.layers[1:]))),
+        None,
+        "deepseek_v4 has attention_factor=1.0 only; this configuration has None",
+    ),
     "V4 stretched window": (
-        attention(V4, rope=Rope(rope_interleave=True, scaling=YARN)),
+        attention(V4, rope=STRETCHED),
         None,
         "deepseek_v4 has scaling=None only",
     ),

@@ -54,8 +54,9 @@ class Reading:
         return sum(pair.stored.nbytes for pair in (*self.places, *self.copies))
 
     def dtype_of(self, key: str) -> torch.dtype:
-        """The dtype in which the tensor `key` is stored."""
-        return next(pair.stored.dtype for pair in self.places if pair.place.key == key)
+        """The dtype in which the tensor `key` is stored; bfloat16, which holds all of FP8's numbers, for FP8."""
+        stored = next(pair.stored.dtype for pair in self.places if pair.place.key == key)
+        return torch.bfloat16 if stored == _FP8 else stored
 
     def pieces(self, state: Mapping[str, Tensor], pairs: Iterable[Pair]) -> Iterator[Piece]:
         """The numbers of `pairs`, each beside the part of `state` where it belongs, file by file."""

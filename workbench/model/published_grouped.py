@@ -110,8 +110,11 @@ def gpt_oss(config: ModelConfig) -> Fields:
     activation = experts.activation
     if activation is None or activation.offset != 1.0:
         raise ValueError(f"gpt_oss has a clamped activation with offset=1.0; this configuration has {activation}")
+    # Here a stretching that is absent or null means the published model's.
+    plain = {} if attention.rope.scaling else {"rope_scaling": {"rope_type": "default"}}
     return {
         **grouped(attention),
+        **plain,
         "attention_bias": attention.qkv_bias,
         "sliding_window": next(iter(widths), None),
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],

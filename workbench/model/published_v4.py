@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.model.attention_config import CompressedAttention, HeavyCompression, SparseCompression
+from workbench.model.attention_config import CompressedAttention, HeavyCompression, SparseCompression, Yarn
 from workbench.model.config import ModelConfig
 from workbench.model.feed_forward_config import MixtureOfExperts
 from workbench.model.published_parts import Fields, fixed, positions
@@ -15,6 +15,7 @@ def deepseek_v4(config: ModelConfig) -> Fields:
     streams = config.hyper_connections
     if streams is None:
         raise ValueError(f"{_TYPE} has hyper-connections; this configuration has hyper_connections=None")
+    require(not config.mtp_layers, f"{_TYPE} has prediction layers of another build; mtp_layers must be ()")
     attentions = [layer.attention for layer in config.layers]
     compressed = [x for x in attentions if isinstance(x, CompressedAttention)]
     require(len(compressed) == len(attentions), f"{_TYPE} has CompressedAttention in every layer")
@@ -31,7 +32,7 @@ def deepseek_v4(config: ModelConfig) -> Fields:
         "hc_mult": streams.hc_mult,
         "hc_sinkhorn_iters": streams.hc_sinkhorn_iters,
         "hc_eps": streams.hc_eps,
-        "num_nextn_predict_layers": len(config.mtp_layers),
+        "num_nextn_predict_layers": 0,
     }
 
 
@@ -79,6 +80,9 @@ def _positions(attentions: list[CompressedAttention]) -> Fields:
     for rope in plain:
         fields |= {"rope_theta": rope.rope_theta}
     for rope in stretched:
+        if isinstance(rope.scaling, Yarn):
+            # An absent factor means 1 in this type alone.
+            fixed(rope.scaling, _TYPE, attention_factor=1.0)
         there = positions(rope)
         fields |= {"compress_rope_theta": there["rope_theta"], "rope_scaling": there["rope_scaling"]}
     return fields
