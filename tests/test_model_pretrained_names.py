@@ -198,3 +198,39 @@ def test_what_a_type_cannot_say_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=line) as caught:
         to_hf(config, model_type=model_type)
     assert "\n" not in str(caught.value)
+
+
+# What decides how the model computes, beyond the names and sizes that the tests above see.
+SAID: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "mixtral": {"sliding_window": 9},
+    "qwen3_moe": {"mlp_only_layers": [1], "norm_topk_prob": True, "attention_bias": False, "use_sliding_window": False},
+    "olmoe": {"norm_topk_prob": False, "attention_bias": False},
+    "glm4_moe": {"use_qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.6, "first_k_dense_replace": 1},
+    "dots1": {"attention_bias": False, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    "gpt_oss": {
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "swiglu_limit": 5.0,
+        "swiglu_alpha": 1.5,
+    },
+    "deepseek_v32": {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 3, "num_nextn_predict_layers": 0},
+    "deepseek_v4": {
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        "compress_ratios": [0, 4, 128],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "index_topk": 2,
+        "swiglu_limit": 9.0,
+        "hc_mult": 3,
+        "hc_sinkhorn_iters": 7,
+        "hc_eps": 1e-5,
+        "compress_rope_theta": 160000.0,
+        "rope_theta": 10000.0,
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", SAID)
+def test_a_configuration_says_how_the_model_computes(model_type: str) -> None:
+    fields = to_hf(TYPES[model_type])
+    assert {name: fields[name] for name in SAID[model_type]} == SAID[model_type]
