@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from workbench.model.config import DenseFeedForward, LatentAttention, MixtureOfExperts, ModelConfig
+from workbench.model.config import DenseFeedForward, LatentAttention, MixtureOfExperts, ModelConfig, Yarn
 from workbench.model.decoder import Decoder
 
 
@@ -19,7 +19,7 @@ def reference_config(config: ModelConfig) -> DeepseekV3Config:
     assert isinstance(attention, LatentAttention) and isinstance(experts, MixtureOfExperts)
     dense = config.layers[0].feed_forward
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": attention.rope.rope_theta}
-    if (yarn := attention.rope.scaling) is not None:
+    if isinstance(yarn := attention.rope.scaling, Yarn):
         rope |= {
             "rope_type": "yarn",
             "factor": yarn.factor,

@@ -10,7 +10,14 @@ from dataclasses import replace
 
 import pandas as pd
 
-from workbench.model.config import GroupedQueryAttention, LatentAttention, ModelConfig
+from workbench.model.config import (
+    Attention,
+    CompressedAttention,
+    GroupedQueryAttention,
+    LatentAttention,
+    ModelConfig,
+    SparseLatentAttention,
+)
 from workbench.model.count import Precision, cache_bytes, cache_elements_per_token
 
 KINDS = ("MHA", "GQA", "MQA", "MLA")
@@ -54,7 +61,7 @@ def variants(
 
 
 def variant(
-    attention: GroupedQueryAttention | LatentAttention,
+    attention: Attention,
     kind: str,
     *,
     num_attention_heads: int | None = None,
@@ -62,7 +69,15 @@ def variant(
     kv_lora_rank: int | None = None,
     qk_rope_head_dim: int | None = None,
 ) -> GroupedQueryAttention | LatentAttention:
-    """One attention replaced by its `kind` (see `variants`)."""
+    """One attention replaced by its `kind` (see `variants`); a sparse latent attention counts as its latent one.
+
+    Raises:
+        ValueError: sizes that do not go together, or a compressed attention, which has no such twin.
+    """
+    if isinstance(attention, CompressedAttention):
+        raise ValueError("CompressedAttention keeps windows and entries; it cannot be compared kind by kind")
+    if isinstance(attention, SparseLatentAttention):
+        attention = attention.latent
     heads = attention.num_attention_heads if num_attention_heads is None else num_attention_heads
     if heads < 1:
         raise ValueError(f"num_attention_heads={heads} must be at least 1")

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.blocks.scoring import ScoringFunction, expert_scores
+
 
 class Routing(NamedTuple):
     """One layer's choice for N tokens: `scores` are unbiased, `load` counts the tokens that chose each expert."""
@@ -38,7 +40,7 @@ class Router(nn.Module):
         n_routed_experts: int,
         *,
         num_experts_per_tok: int,
-        scoring_func: Literal["softmax", "sigmoid"],
+        scoring_func: ScoringFunction,
         n_group: int,
         topk_group: int,
         group_score: Literal["max", "top2"],
@@ -47,7 +49,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts_per_tok = num_experts_per_tok
-        self.score = torch.sigmoid if scoring_func == "sigmoid" else _softmax_over_experts
+        self.scoring_func: ScoringFunction = scoring_func
         self.n_group = n_group
         self.topk_group = topk_group
         self.experts_per_group_score = 2 if group_score == "top2" else 1
@@ -58,7 +60,7 @@ class Router(nn.Module):
 
     def forward(self, x: Float[Tensor, "N D"]) -> Routing:
         wide = torch.promote_types(x.dtype, torch.float32)
-        scores_NE = self.score(F.linear(x.to(wide), self.weight.to(wide)))
+        scores_NE = expert_scores(F.linear(x.to(wide), self.weight.to(wide)), self.scoring_func)
         indices_NA = self.choose(scores_NE.detach() + self.e_score_correction_bias)
         weights_NA = scores_NE.gather(1, indices_NA)
         if self.norm_topk_prob:
@@ -92,7 +94,3 @@ class Router(nn.Module):
 def best(scores: Float[Tensor, "N E"], count: int) -> Int[Tensor, "N A"]:
     """Indices of the `count` largest scores, largest first; of equals the lowest index, on every device."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-
-
-def _softmax_over_experts(logits: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
-    return logits.softmax(-1)

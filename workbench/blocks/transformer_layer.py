@@ -12,6 +12,7 @@ from workbench.blocks.mixture_of_experts import MixtureOfExperts
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation
 from workbench.blocks.router import Routing
+from workbench.blocks.sparse_latent_attention import SparseAttention, SparseLatentCache
 
 
 class LayerOutput(NamedTuple):
@@ -35,9 +36,13 @@ class TransformerLayer(nn.Module):
         self.mlp = feed_forward
 
     def forward(
-        self, hidden: Float[Tensor, "B T D"], turn: Rotation, cache: KeyValueCache | LatentCache | None = None
+        self,
+        hidden: Float[Tensor, "B T D"],
+        turn: Rotation,
+        cache: KeyValueCache | LatentCache | SparseLatentCache | None = None,
     ) -> LayerOutput:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), turn, cache)
+        attended = self.self_attn(self.input_layernorm(hidden), turn, cache)
+        hidden = hidden + (attended.hidden if isinstance(attended, SparseAttention) else attended)
         normed_BTD = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MixtureOfExperts):
             mixture = self.mlp(normed_BTD)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +26,7 @@ from workbench.blocks.rope import (
     yarn_mscale,
 )
 from workbench.blocks.router import Router, Routing
+from workbench.blocks.sparse_latent_attention import SparseLatentAttention, SparseLatentCache
 from workbench.blocks.transformer_layer import TransformerLayer
 from workbench.model import config as spec
 from workbench.model.initial import initialize
@@ -47,7 +49,7 @@ class DecoderOutput(NamedTuple):
 class DecoderCache:
     """One cache per layer of the main model; `length` tokens are kept so far."""
 
-    def __init__(self, layers: list[KeyValueCache | LatentCache]) -> None:
+    def __init__(self, layers: list[KeyValueCache | LatentCache | SparseLatentCache]) -> None:
         self.layers = layers
 
     @property
@@ -70,6 +72,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: spec.ModelConfig) -> None:
         super().__init__()
+        spec.require(config.hyper_connections is None, "the decoder does not build hyper_connections yet")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(build_layer(config, layer) for layer in config.layers)
@@ -141,7 +144,7 @@ class Decoder(nn.Module):
         turns: dict[spec.Attention, Rotation] = {}
         for attention in {layer.attention for layer in (*self.config.layers, *self.config.mtp_layers)}:
             angles_per_position = rotary_frequencies(attention, dtype, positions.device)
-            turns[attention] = rotation(positions, angles_per_position, scale=rotation_scale(attention.rope.scaling))
+            turns[attention] = rotation(positions, angles_per_position, scale=rotation_scale(yarn_of(attention)))
         return turns
 
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> DecoderCache:
@@ -167,11 +170,20 @@ def build_layer(config: spec.ModelConfig, layer: spec.LayerConfig) -> Transforme
     )
 
 
-def build_attention(hidden_size: int, attention: spec.Attention) -> GroupedQueryAttention | LatentAttention:
-    """The block that an attention specification describes."""
+def build_attention(
+    hidden_size: int, attention: spec.Attention
+) -> GroupedQueryAttention | LatentAttention | SparseLatentAttention:
+    """The block that an attention specification describes.
+
+    Raises:
+        ValueError: the decoder has no block for it yet.
+    """
     rotate = rotate_interleaved if attention.rope.rope_interleave else rotate_halves
     match attention:
         case spec.GroupedQueryAttention():
+            refuse_extras(
+                attention, ("qkv_bias", "o_bias", "qk_norm", "partial_rotary_factor", "sliding_window", "sinks")
+            )
             return GroupedQueryAttention(
                 hidden_size,
                 attention.num_attention_heads,
@@ -180,19 +192,45 @@ def build_attention(hidden_size: int, attention: spec.Attention) -> GroupedQuery
                 softmax_scale=attention.head_dim**-0.5,
                 rotate=rotate,
             )
-        case spec.LatentAttention():
-            key_width = attention.qk_nope_head_dim + attention.qk_rope_head_dim
-            return LatentAttention(
+        case spec.LatentAttention() as latent:
+            return LatentAttention(hidden_size, latent.num_attention_heads, **latent_arguments(latent))
+        case spec.SparseLatentAttention(latent=latent):
+            arguments = latent_arguments(latent)
+            assert arguments["q_lora_rank"] is not None
+            return SparseLatentAttention(
                 hidden_size,
-                attention.num_attention_heads,
-                q_lora_rank=attention.q_lora_rank,
-                kv_lora_rank=attention.kv_lora_rank,
-                qk_nope_head_dim=attention.qk_nope_head_dim,
-                qk_rope_head_dim=attention.qk_rope_head_dim,
-                v_head_dim=attention.v_head_dim,
-                softmax_scale=key_width**-0.5 * softmax_sharpening(attention.rope.scaling),
-                rotate=rotate,
+                latent.num_attention_heads,
+                **arguments,
+                index_n_heads=attention.index_n_heads,
+                index_head_dim=attention.index_head_dim,
+                index_topk=attention.index_topk,
             )
+        case spec.CompressedAttention():
+            raise ValueError("the decoder does not build CompressedAttention yet; its block can be used by itself")
+
+
+def latent_arguments(latent: spec.LatentAttention) -> dict[str, Any]:
+    """What latent attention, sparse or not, is built from."""
+    key_width = latent.qk_nope_head_dim + latent.qk_rope_head_dim
+    return {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_nope_head_dim": latent.qk_nope_head_dim,
+        "qk_rope_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "softmax_scale": key_width**-0.5 * softmax_sharpening(yarn_of(latent)),
+        "rotate": rotate_interleaved if latent.rope.rope_interleave else rotate_halves,
+    }
+
+
+def refuse_extras(part: spec.GroupedQueryAttention | spec.MixtureOfExperts, names: tuple[str, ...]) -> None:
+    """Raise `ValueError` in one line if a field that the decoder does not build yet is set."""
+    defaults = {field.name: field.default for field in fields(part)}
+    for name in names:
+        value = getattr(part, name)
+        spec.require(
+            value == defaults[name], f"the decoder does not build {name}={value!r} yet ({type(part).__name__})"
+        )
 
 
 def build_feed_forward(hidden_size: int, feed_forward: spec.FeedForward) -> SwiGLU | MixtureOfExperts:
@@ -201,6 +239,8 @@ def build_feed_forward(hidden_size: int, feed_forward: spec.FeedForward) -> SwiG
         case spec.DenseFeedForward():
             return SwiGLU(hidden_size, feed_forward.intermediate_size)
         case spec.MixtureOfExperts():
+            refuse_extras(feed_forward, ("activation", "router_bias", "expert_bias"))
+            spec.require(feed_forward.topk_method != "hash", "the decoder does not build topk_method='hash' yet")
             router = Router(
                 hidden_size,
                 feed_forward.n_routed_experts,
@@ -228,7 +268,7 @@ def build_cache(
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> KeyValueCache | LatentCache:
+) -> KeyValueCache | LatentCache | SparseLatentCache:
     """The cache that an attention specification needs."""
     match attention:
         case spec.GroupedQueryAttention():
@@ -245,30 +285,70 @@ def build_cache(
                 dtype=dtype,
                 device=device,
             )
+        case spec.SparseLatentAttention(latent=latent):
+            return SparseLatentCache(
+                batch_size,
+                max_length,
+                kv_lora_rank=latent.kv_lora_rank,
+                qk_rope_head_dim=latent.qk_rope_head_dim,
+                index_head_dim=attention.index_head_dim,
+                dtype=dtype,
+                device=device,
+            )
+        case spec.CompressedAttention():
+            raise ValueError("the decoder does not build CompressedAttention yet")
 
 
 def rotary_frequencies(attention: spec.Attention, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " pairs"]:
     """Angle per position of every rotary pair of an attention."""
-    rope = attention.rope
-    width = attention.qk_rope_head_dim if isinstance(attention, spec.LatentAttention) else attention.head_dim
-    if rope.scaling is None:
+    rope, yarn, width = attention.rope, yarn_of(attention), rotary_width(attention)
+    if yarn is None:
         return frequencies(width, rope.rope_theta, dtype=dtype, device=device)
     return yarn_frequencies(
         width,
         rope.rope_theta,
-        factor=rope.scaling.factor,
-        original_max_position_embeddings=rope.scaling.original_max_position_embeddings,
-        beta_fast=rope.scaling.beta_fast,
-        beta_slow=rope.scaling.beta_slow,
+        factor=yarn.factor,
+        original_max_position_embeddings=yarn.original_max_position_embeddings,
+        beta_fast=yarn.beta_fast,
+        beta_slow=yarn.beta_slow,
         dtype=dtype,
         device=device,
     )
+
+
+def rotary_width(attention: spec.Attention) -> int:
+    """How many numbers of a head turn with the position."""
+    match attention:
+        case spec.GroupedQueryAttention():
+            return attention.rotary_width
+        case spec.SparseLatentAttention(latent=latent):
+            return latent.qk_rope_head_dim
+        case _:
+            return attention.qk_rope_head_dim
+
+
+def yarn_of(attention: spec.Attention) -> spec.Yarn | None:
+    """The stretching of an attention's positions.
+
+    Raises:
+        ValueError: it is of a kind that the decoder does not build yet.
+    """
+    scaling = attention.rope.scaling
+    spec.require(
+        not isinstance(scaling, spec.Llama3Scaling), "the decoder does not build Llama3Scaling yet; Yarn it does"
+    )
+    if isinstance(scaling, spec.Yarn):
+        spec.require(scaling.truncate, "the decoder does not build truncate=False of Yarn yet")
+        return scaling
+    return None
 
 
 def rotation_scale(yarn: spec.Yarn | None) -> float:
     """What YaRN multiplies cosines and sines by."""
     if yarn is None:
         return 1.0
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
     if yarn.mscale and yarn.mscale_all_dim:
         return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
     return yarn_mscale(yarn.factor, 1.0)

@@ -12,7 +12,7 @@ from workbench.blocks.router import Router
 
 @torch.no_grad()
 def initialize(model: nn.Module, *, std: float) -> None:
-    """Draw all matrices from a normal distribution with deviation `std`; gains are 1, selection biases 0.
+    """Draw all matrices from a normal distribution with deviation `std`; gains are 1, biases 0.
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 4.2 (with its own deviation).
 
@@ -25,6 +25,9 @@ def initialize(model: nn.Module, *, std: float) -> None:
                 nn.init.normal_(module.weight, std=std)
             case RMSNorm():
                 nn.init.ones_(module.weight)
+            case nn.LayerNorm():
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
             case Router():
                 nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.e_score_correction_bias)

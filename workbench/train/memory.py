@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 
-from workbench.model.config import GroupedQueryAttention, LatentAttention, LayerConfig, MixtureOfExperts
+from workbench.model.config import (
+    CompressedAttention,
+    GroupedQueryAttention,
+    LatentAttention,
+    LayerConfig,
+    MixtureOfExperts,
+    SparseLatentAttention,
+)
 from workbench.model.count import parameters
 from workbench.train.recipes import Recipe
 from workbench_kernels.causal_attention import LONGEST_KEPT
@@ -40,6 +47,8 @@ def kept_weights_per_query(layer: LayerConfig, sequence_length: int) -> int:
 def kept_numbers_per_token(layer: LayerConfig, hidden_size: int) -> int:
     """Numbers that the backward of one layer needs per token."""
     attention = layer.attention
+    if isinstance(attention, SparseLatentAttention):
+        attention = attention.latent
     match attention:
         case LatentAttention():
             heads = attention.num_attention_heads
@@ -48,6 +57,8 @@ def kept_numbers_per_token(layer: LayerConfig, hidden_size: int) -> int:
             inside += 2 * (attention.q_lora_rank or 0)
         case GroupedQueryAttention():
             inside = attention.head_dim * (3 * attention.num_attention_heads + 4 * attention.num_key_value_heads)
+        case CompressedAttention():
+            inside = attention.head_dim * (4 * attention.num_attention_heads + 4) + 2 * attention.q_lora_rank
     feed_forward = layer.feed_forward
     if isinstance(feed_forward, MixtureOfExperts):
         routed = feed_forward.num_experts_per_tok * (4 * feed_forward.moe_intermediate_size + 2 * hidden_size)
