@@ -120,10 +120,11 @@ BUILT = {
     "deepseek_v3, half layout, no shared": alike(
         replace(LATENT, rope=Rope(rope_theta=500.0)), replace(BIASED, n_shared_experts=0, norm_topk_prob=False)
     ),
-}
-# Every published type.
-TYPES = {
-    "llama": alike(
+    # So many index heads that no two scores are both exactly zero: the reference leaves the order of ties open.
+    "deepseek_v32": alike(
+        SparseLatentAttention(latent=LATENT, index_n_heads=13, index_head_dim=8, index_topk=3), DENSE, BIASED
+    ),
+    "llama 3.1": alike(
         grouped(
             qkv_bias=True,
             o_bias=True,
@@ -137,20 +138,21 @@ TYPES = {
         DENSE,
     ),
     "qwen2": alike(grouped(qkv_bias=True), DENSE, DENSE),
-    "mixtral": alike(grouped(sliding_window=9), SOFTMAX, SOFTMAX),
     "qwen3_moe": alike(grouped(qk_norm="head"), SOFTMAX, DENSE, SOFTMAX),
     "olmoe": alike(grouped(head_dim=12, qk_norm="full"), replace(SOFTMAX, norm_topk_prob=False)),
     "glm4_moe": alike(grouped(qkv_bias=True, qk_norm="head", partial_rotary_factor=0.6), DENSE, BIASED),
     "dots1": alike(grouped(qk_norm="head"), DENSE, BIASED),
+}
+# Every published type.
+TYPES = {
+    "llama": BUILT["llama 3.1"],
+    "mixtral": alike(grouped(sliding_window=9), SOFTMAX, SOFTMAX),
     "gpt_oss": model(
         LayerConfig(grouped(qkv_bias=True, o_bias=True, sinks=True, sliding_window=7), GPT_OSS_EXPERTS),
         LayerConfig(grouped(qkv_bias=True, o_bias=True, sinks=True), GPT_OSS_EXPERTS),
     ),
-    "deepseek_v2": BUILT["deepseek_v2"],
-    "deepseek_v3": BUILT["deepseek_v3"],
-    "deepseek_v32": alike(
-        SparseLatentAttention(latent=LATENT, index_n_heads=2, index_head_dim=8, index_topk=3), DENSE, BIASED
-    ),
+    **{name: BUILT[name] for name in ("qwen2", "qwen3_moe", "olmoe", "glm4_moe", "dots1")},
+    **{name: BUILT[name] for name in ("deepseek_v2", "deepseek_v3", "deepseek_v32")},
     "deepseek_v4": v4(),
 }
 
@@ -167,6 +169,8 @@ def make(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
     for module in decoder.modules():
         if isinstance(module, RMSNorm):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+        if isinstance(bias := getattr(module, "bias", None), Tensor):
+            torch.nn.init.normal_(bias, std=0.3)
         if isinstance(module, Router) and id(module) in chooses:
             module.e_score_correction_bias.normal_(std=0.5)
     return decoder.to(dtype)

@@ -22,7 +22,13 @@ def turn(first: int, length: int, width: int) -> Rotation:
 def grouped(heads: int, groups: int) -> GroupedQueryAttention:
     torch.manual_seed(0)
     block = GroupedQueryAttention(
-        WIDTH, heads, num_key_value_heads=groups, head_dim=6, softmax_scale=6**-0.5, rotate=rotate_halves
+        WIDTH,
+        heads,
+        num_key_value_heads=groups,
+        head_dim=6,
+        softmax_scale=6**-0.5,
+        rotate=rotate_halves,
+        rotary_width=6,
     )
     initialize(block, std=0.5)
     return block.double()

@@ -91,6 +91,11 @@ def test_every_tensor_that_transformers_writes_is_found(model_type: str, tmp_pat
         assert torch.equal(empty[key], tensor), key
 
 
+@pytest.mark.parametrize("config", (*TYPES.values(), *BUILT.values()), ids=(*TYPES, *(f"built {n}" for n in BUILT)))
+def test_what_is_written_is_read_as_the_same_configuration(config: ModelConfig) -> None:
+    assert ModelConfig.from_hf(to_hf(config)) == config
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_transformers_understands_every_field(model_type: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields := to_hf(TYPES[model_type])))
@@ -214,7 +219,7 @@ SAID: dict[str, dict[str, Any]] = {
         "swiglu_limit": 5.0,
         "swiglu_alpha": 1.5,
     },
-    "deepseek_v32": {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 3, "num_nextn_predict_layers": 0},
+    "deepseek_v32": {"index_n_heads": 13, "index_head_dim": 8, "index_topk": 3, "num_nextn_predict_layers": 0},
     "deepseek_v4": {
         "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
         "compress_ratios": [0, 4, 128],

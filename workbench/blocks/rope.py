@@ -40,13 +40,14 @@ def yarn_frequencies(
     original_max_position_embeddings: int,
     beta_fast: float,
     beta_slow: float,
+    truncate: bool = True,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Float[Tensor, " pairs"]:
     """Frequencies stretched by `factor`: slow pairs interpolated, fast pairs kept, a linear ramp between.
 
     A pair that makes at least `beta_fast` turns within the original window is kept as it is, one that makes at most
-    `beta_slow` is slowed down by `factor`.
+    `beta_slow` is slowed down by `factor`. `truncate` rounds the ramp's ends to whole pairs.
 
     Source: YaRN, arXiv 2309.00071, section 3.2, with the rounding of the ramp's ends that DeepSeek's code has.
     """
@@ -55,13 +56,39 @@ def yarn_frequencies(
         turns_per_pair = original_max_position_embeddings / (turns * 2 * math.pi)
         return rotary_width * math.log(turns_per_pair) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_with_turns(beta_fast)), 0)
-    high = min(math.ceil(pair_with_turns(beta_slow)), rotary_width - 1)
+    low, high = pair_with_turns(beta_fast), pair_with_turns(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_width - 1)
     width = high - low if high != low else 1e-3
     pairs = torch.arange(rotary_width // 2, dtype=dtype, device=device)
     kept = 1 - ((pairs - low) / width).clamp(0, 1)
     powers = theta ** (torch.arange(0, rotary_width, 2, dtype=dtype, device=device) / rotary_width)
     return 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept
+
+
+def llama3_frequencies(
+    rotary_width: int,
+    theta: float,
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Float[Tensor, " pairs"]:
+    """Frequencies of Llama 3.1: slow pairs divided by `factor`, fast pairs kept, a linear ramp between.
+
+    A pair that makes at least `high_freq_factor` turns within the original window is kept as it is, one that makes at
+    most `low_freq_factor` is slowed down by `factor`.
+
+    Source: the rope type `llama3` of published configurations; Llama 3, arXiv 2407.21783, section 3.4.2.
+    """
+    plain = frequencies(rotary_width, theta, dtype=dtype, device=device)
+    turns = original_max_position_embeddings * plain / (2 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return plain / factor * (1 - kept) + plain * kept
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

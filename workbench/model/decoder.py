@@ -19,6 +19,7 @@ from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import (
     Rotation,
     frequencies,
+    llama3_frequencies,
     rotate_halves,
     rotate_interleaved,
     rotation,
@@ -144,7 +145,7 @@ class Decoder(nn.Module):
         turns: dict[spec.Attention, Rotation] = {}
         for attention in {layer.attention for layer in (*self.config.layers, *self.config.mtp_layers)}:
             angles_per_position = rotary_frequencies(attention, dtype, positions.device)
-            turns[attention] = rotation(positions, angles_per_position, scale=rotation_scale(yarn_of(attention)))
+            turns[attention] = rotation(positions, angles_per_position, scale=rotation_scale(attention.rope.scaling))
         return turns
 
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> DecoderCache:
@@ -164,16 +165,16 @@ def build_layer(config: spec.ModelConfig, layer: spec.LayerConfig) -> Transforme
     """The transformer layer that a layer specification describes."""
     return TransformerLayer(
         config.hidden_size,
-        attention=build_attention(config.hidden_size, layer.attention),
+        attention=build_attention(config.hidden_size, layer.attention, eps=config.rms_norm_eps),
         feed_forward=build_feed_forward(config.hidden_size, layer.feed_forward),
         eps=config.rms_norm_eps,
     )
 
 
 def build_attention(
-    hidden_size: int, attention: spec.Attention
+    hidden_size: int, attention: spec.Attention, *, eps: float
 ) -> GroupedQueryAttention | LatentAttention | SparseLatentAttention:
-    """The block that an attention specification describes.
+    """The block that an attention specification describes; `eps` is that of the query and key norms.
 
     Raises:
         ValueError: the decoder has no block for it yet.
@@ -181,9 +182,7 @@ def build_attention(
     rotate = rotate_interleaved if attention.rope.rope_interleave else rotate_halves
     match attention:
         case spec.GroupedQueryAttention():
-            refuse_extras(
-                attention, ("qkv_bias", "o_bias", "qk_norm", "partial_rotary_factor", "sliding_window", "sinks")
-            )
+            refuse_extras(attention, ("sliding_window", "sinks"))
             return GroupedQueryAttention(
                 hidden_size,
                 attention.num_attention_heads,
@@ -191,6 +190,11 @@ def build_attention(
                 head_dim=attention.head_dim,
                 softmax_scale=attention.head_dim**-0.5,
                 rotate=rotate,
+                rotary_width=attention.rotary_width,
+                qkv_bias=attention.qkv_bias,
+                o_bias=attention.o_bias,
+                qk_norm=attention.qk_norm,
+                eps=eps,
             )
         case spec.LatentAttention() as latent:
             return LatentAttention(hidden_size, latent.num_attention_heads, **latent_arguments(latent))
@@ -218,7 +222,7 @@ def latent_arguments(latent: spec.LatentAttention) -> dict[str, Any]:
         "qk_nope_head_dim": latent.qk_nope_head_dim,
         "qk_rope_head_dim": latent.qk_rope_head_dim,
         "v_head_dim": latent.v_head_dim,
-        "softmax_scale": key_width**-0.5 * softmax_sharpening(yarn_of(latent)),
+        "softmax_scale": key_width**-0.5 * softmax_sharpening(latent.rope.scaling),
         "rotate": rotate_interleaved if latent.rope.rope_interleave else rotate_halves,
     }
 
@@ -301,19 +305,32 @@ def build_cache(
 
 def rotary_frequencies(attention: spec.Attention, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " pairs"]:
     """Angle per position of every rotary pair of an attention."""
-    rope, yarn, width = attention.rope, yarn_of(attention), rotary_width(attention)
-    if yarn is None:
-        return frequencies(width, rope.rope_theta, dtype=dtype, device=device)
-    return yarn_frequencies(
-        width,
-        rope.rope_theta,
-        factor=yarn.factor,
-        original_max_position_embeddings=yarn.original_max_position_embeddings,
-        beta_fast=yarn.beta_fast,
-        beta_slow=yarn.beta_slow,
-        dtype=dtype,
-        device=device,
-    )
+    rope, width = attention.rope, rotary_width(attention)
+    place = {"dtype": dtype, "device": device}
+    match rope.scaling:
+        case spec.Yarn() as yarn:
+            return yarn_frequencies(
+                width,
+                rope.rope_theta,
+                factor=yarn.factor,
+                original_max_position_embeddings=yarn.original_max_position_embeddings,
+                beta_fast=yarn.beta_fast,
+                beta_slow=yarn.beta_slow,
+                truncate=yarn.truncate,
+                **place,
+            )
+        case spec.Llama3Scaling() as llama3:
+            return llama3_frequencies(
+                width,
+                rope.rope_theta,
+                factor=llama3.factor,
+                low_freq_factor=llama3.low_freq_factor,
+                high_freq_factor=llama3.high_freq_factor,
+                original_max_position_embeddings=llama3.original_max_position_embeddings,
+                **place,
+            )
+        case None:
+            return frequencies(width, rope.rope_theta, **place)
 
 
 def rotary_width(attention: spec.Attention) -> int:
@@ -327,35 +344,19 @@ def rotary_width(attention: spec.Attention) -> int:
             return attention.qk_rope_head_dim
 
 
-def yarn_of(attention: spec.Attention) -> spec.Yarn | None:
-    """The stretching of an attention's positions.
-
-    Raises:
-        ValueError: it is of a kind that the decoder does not build yet.
-    """
-    scaling = attention.rope.scaling
-    spec.require(
-        not isinstance(scaling, spec.Llama3Scaling), "the decoder does not build Llama3Scaling yet; Yarn it does"
-    )
-    if isinstance(scaling, spec.Yarn):
-        spec.require(scaling.truncate, "the decoder does not build truncate=False of Yarn yet")
-        return scaling
-    return None
-
-
-def rotation_scale(yarn: spec.Yarn | None) -> float:
+def rotation_scale(scaling: spec.Yarn | spec.Llama3Scaling | None) -> float:
     """What YaRN multiplies cosines and sines by."""
-    if yarn is None:
+    if not isinstance(scaling, spec.Yarn):
         return 1.0
-    if yarn.attention_factor is not None:
-        return yarn.attention_factor
-    if yarn.mscale and yarn.mscale_all_dim:
-        return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
-    return yarn_mscale(yarn.factor, 1.0)
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return yarn_mscale(scaling.factor, 1.0)
 
 
-def softmax_sharpening(yarn: spec.Yarn | None) -> float:
+def softmax_sharpening(scaling: spec.Yarn | spec.Llama3Scaling | None) -> float:
     """What YaRN multiplies MLA's softmax scale by: the square of the factor from `mscale_all_dim`."""
-    if yarn is None or not yarn.mscale_all_dim:
+    if not isinstance(scaling, spec.Yarn) or not scaling.mscale_all_dim:
         return 1.0
-    return yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
+    return yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2

@@ -23,6 +23,8 @@ def initialize(model: nn.Module, *, std: float) -> None:
         match module:
             case nn.Linear() | nn.Embedding():
                 nn.init.normal_(module.weight, std=std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
             case RMSNorm():
                 nn.init.ones_(module.weight)
             case nn.LayerNorm():
