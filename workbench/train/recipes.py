@@ -209,8 +209,8 @@ def v3_style(
 def toy_v3() -> Recipe:
     """A V3-style model of about 10M parameters on the standard library: code, with one part prose in four.
 
-    About 8 minutes on two busy cores (`tests/benchmarks/toy_v3.py`); validation 2.02 nats per byte where counting pairs
-    of bytes gives 2.60.
+    About 4 minutes on two quiet cores (226 s by `tests/benchmarks/toy_v3.py`), twice that on busy ones; validation 2.02
+    nats per byte where counting pairs of bytes gives 2.60.
     """
     return Recipe(
         name="toy_v3",
