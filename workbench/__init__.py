@@ -9,9 +9,9 @@ One letter per axis, the same everywhere; a tensor in the code is called `meanin
     1  a kept axis                  U  value head width         V  vocabulary
                                     R  rotary width             L  layers
                                     C  latent width             J  expert groups
-    W  recorded steps               O  corpora                  I  experts per group
+    W  recorded steps               O  residual streams         I  experts per group
     P  rows of a picture            Q  columns of a picture     X  several axes in one
-    Y  keys that a query selects
+    Y  keys that a query selects    Z  tokens pooled into one
 
 Inside `workbench_kernels`, matrix products keep BLAS's M, N, K.
 

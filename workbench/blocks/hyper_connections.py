@@ -3,7 +3,7 @@
 A sublayer reads a weighted sum of the streams, and its output is added to each of them with a weight of its own, while
 a matrix mixes the streams among themselves. All these weights depend on the token. The matrix is doubly stochastic
 (no entry below 0, every row and column sums to 1): however many layers mix, the streams neither grow nor die out, and
-their sum is passed on unchanged. Y is the number of streams.
+their sum is passed on unchanged. O is the number of streams.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Connection(NamedTuple):
     """
 
     collapsed: Float[Tensor, "B T D"]
-    post: Float[Tensor, "B T Y"]
-    mixing: Float[Tensor, "B T Y Y"]
+    post: Float[Tensor, "B T O"]
+    mixing: Float[Tensor, "B T O O"]
 
 
 class HyperConnection(nn.Module):
@@ -55,16 +55,16 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.empty(num_weights))
         self.scale = nn.Parameter(torch.empty(3))
 
-    def forward(self, streams: Float[Tensor, "B T Y D"]) -> Connection:
+    def forward(self, streams: Float[Tensor, "B T O D"]) -> Connection:
         parts = (self.hc_mult, self.hc_mult, self.hc_mult**2)
         raw = stream_weights(streams, self.fn, self.eps).split(parts, dim=-1)
         base = self.base.to(raw[0].dtype).split(parts)
-        pre_BTY, post_BTY, flat_BTX = (x * scale + b for x, scale, b in zip(raw, self.scale, base, strict=True))
-        mixing_BTYY = doubly_stochastic(
+        pre_BTO, post_BTO, flat_BTX = (x * scale + b for x, scale, b in zip(raw, self.scale, base, strict=True))
+        mixing_BTOO = doubly_stochastic(
             flat_BTX.unflatten(-1, (self.hc_mult, self.hc_mult)), iterations=self.hc_sinkhorn_iters, eps=self.hc_eps
         )
-        collapsed_BTD = collapse(streams, pre_BTY.sigmoid() + self.hc_eps)
-        return Connection(collapsed_BTD, 2 * post_BTY.sigmoid(), mixing_BTYY)
+        collapsed_BTD = collapse(streams, pre_BTO.sigmoid() + self.hc_eps)
+        return Connection(collapsed_BTD, 2 * post_BTO.sigmoid(), mixing_BTOO)
 
 
 class HyperHead(nn.Module):
@@ -81,25 +81,25 @@ class HyperHead(nn.Module):
         self.hc_base = nn.Parameter(torch.empty(hc_mult))
         self.hc_scale = nn.Parameter(torch.empty(1))
 
-    def forward(self, streams: Float[Tensor, "B T Y D"]) -> Float[Tensor, "B T D"]:
-        raw_BTY = stream_weights(streams, self.hc_fn, self.eps)
-        return collapse(streams, (raw_BTY * self.hc_scale + self.hc_base).sigmoid() + self.hc_eps)
+    def forward(self, streams: Float[Tensor, "B T O D"]) -> Float[Tensor, "B T D"]:
+        raw_BTO = stream_weights(streams, self.hc_fn, self.eps)
+        return collapse(streams, (raw_BTO * self.hc_scale + self.hc_base).sigmoid() + self.hc_eps)
 
 
-def stream_weights(streams: Float[Tensor, "B T Y D"], fn: Float[Tensor, "X YD"], eps: float) -> Float[Tensor, "B T X"]:
+def stream_weights(streams: Float[Tensor, "B T O D"], fn: Float[Tensor, "X OD"], eps: float) -> Float[Tensor, "B T X"]:
     """X raw weights per token from all its streams, joined and normalised; float32 or wider."""
     wide = torch.promote_types(streams.dtype, torch.float32)
     return F.linear(unit_rms(streams.flatten(2).to(wide), eps), fn.to(wide))
 
 
-def collapse(streams: Float[Tensor, "B T Y D"], weights: Float[Tensor, "B T Y"]) -> Float[Tensor, "B T D"]:
+def collapse(streams: Float[Tensor, "B T O D"], weights: Float[Tensor, "B T O"]) -> Float[Tensor, "B T D"]:
     """The weighted sum of the streams, in their dtype."""
     return torch.einsum("bty,btyd->btd", weights, streams.to(weights.dtype)).to(streams.dtype)
 
 
 def write_back(
-    streams: Float[Tensor, "B T Y D"], output: Float[Tensor, "B T D"], connection: Connection
-) -> Float[Tensor, "B T Y D"]:
+    streams: Float[Tensor, "B T O D"], output: Float[Tensor, "B T D"], connection: Connection
+) -> Float[Tensor, "B T O D"]:
     """The streams after a sublayer: stream k becomes sum over j of mixing[j, k] * stream j, plus post[k] * output.
 
     The matrix is applied transposed: it is not symmetric, and so the direction matters. The sum is made in the weights'
@@ -109,14 +109,14 @@ def write_back(
     Source: DeepSeek-V4, arXiv 2606.19348, section 2.2.
     """
     wide = connection.mixing.dtype
-    mixed_BTYD = torch.einsum("btjk,btjd->btkd", connection.mixing, streams.to(wide))
-    written_BTYD = connection.post.unsqueeze(-1) * output.to(wide).unsqueeze(-2)
-    return (mixed_BTYD + written_BTYD).to(streams.dtype)
+    mixed_BTOD = torch.einsum("btjk,btjd->btkd", connection.mixing, streams.to(wide))
+    written_BTOD = connection.post.unsqueeze(-1) * output.to(wide).unsqueeze(-2)
+    return (mixed_BTOD + written_BTOD).to(streams.dtype)
 
 
 def doubly_stochastic(
-    logits: Float[Tensor, "*batch Y Y"], *, iterations: int, eps: float
-) -> Float[Tensor, "*batch Y Y"]:
+    logits: Float[Tensor, "*batch O O"], *, iterations: int, eps: float
+) -> Float[Tensor, "*batch O O"]:
     """Sinkhorn-Knopp: divide the rows of exp(logits) by their sums, then the columns, `iterations` times over.
 
     The limit has rows and columns that sum to 1. Columns come last and are exact but for `eps`, which is added to

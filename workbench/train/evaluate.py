@@ -74,7 +74,7 @@ def examine(decoder: Decoder, exam: Examination, recipe: Recipe, step: int) -> E
             guesses[depth] += float(inside_BT.sum())
     if not math.isfinite(float(nats_by_corpus.sum())):
         raise FloatingPointError(f"the validation loss after step {step} is {float(nats_by_corpus.sum())}")
-    loads_OLE = torch.stack(loads).sum(0).numpy()
+    loads_by_corpus = torch.stack(loads).sum(0).numpy()
     depths = range(1, recipe.lookahead)
     return Evaluation(
         step=step,
@@ -86,7 +86,7 @@ def examine(decoder: Decoder, exam: Examination, recipe: Recipe, step: int) -> E
         floors_nats_per_byte=dict(exam.floors.nats_per_byte),
         mtp_accuracy={depth: hits[depth] / max(1.0, guesses[depth]) for depth in depths},
         distance_bigram_accuracy={depth: exam.floors.distance_accuracy[depth + 1] for depth in depths},
-        load_by_corpus_LE={name: loads_OLE[i] for i, name in enumerate(exam.names)},
+        load_by_corpus_LE={name: loads_by_corpus[i] for i, name in enumerate(exam.names)},
         sample=write_sample(decoder, exam, recipe, step),
     )
 
