@@ -123,11 +123,21 @@ def test_train_and_then_list_rename_delete(tmp_path: Path, give_recipe: Callable
     at = ("--root", str(root))
     assert call("runs", "rename", "first", "second", *at).exit_code == 0
     listed = call("runs", "list", *at).stdout.split()
+    assert call("runs", *at).stdout.split() == listed
     assert "second" in listed and "first" not in listed and "finished" in listed and "3/3" in listed
     again = call("train", "tiny", "--folder", str(root / "second"))
     assert again.exit_code == 2 and len(again.stderr.splitlines()) == 1
     assert call("runs", "delete", "second", *at).exit_code == 0
     assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["runs"], ["runs", "list"]], ids=" ".join)
+def test_no_runs_is_one_line_that_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]):
+    monkeypatch.chdir(tmp_path)
+    for folder, options in (("runs", []), (str(tmp_path), ["--root", str(tmp_path)])):
+        result = call(*command, *options)
+        assert result.exit_code == 0 and result.stderr == ""
+        assert result.stdout == f"no runs in {folder}; --root names another folder\n"
 
 
 def test_a_stopped_run_goes_on_and_prints_its_new_evaluations(tmp_path: Path, give_recipe: Callable[..., None]):
@@ -194,6 +204,8 @@ app(["train", "tiny", "--folder", "first"])
             "has no parameter 'stepz'; it has: fast, name, steps",
         ),
         (["run", "a.ipynb", "-o", "b.ipynb", "-p", "steps", "many"], "steps='many' must be of type int"),
+        (["run", "a.ipynb", "-o", "b.ipynb", "-p", "steps", "{[]:1}"], "steps='{[]:1}' must be of type int"),
+        (["run", "a.ipynb", "-o", "b.ipynb", "-p", "steps", "-" * 5000 + "1"], "must be of type int"),
         (["run", "a.ipynb", "-o", "b.ipynb", "-p", "fast", "1"], "fast=1 must be of type bool"),
         (["run", "http://x/a.ipynb", "-o", "b.ipynb"], "must be a local path"),
         (["run", "a.ipynb", "-o", "s3://x/b.ipynb"], "must be a local path"),
@@ -208,9 +220,10 @@ app(["train", "tiny", "--folder", "first"])
         (["normalize", "absent.ipynb"], "there is no notebook absent.ipynb"),
         (["runs", "rename", "absent", "b"], "absent"),
         (["runs", "delete", "../x"], "../x"),
+        (["runs", "--root", "a", "delete", "b"], "--root belongs behind delete"),
         (["runs", "nonsense"], "No such command 'nonsense'."),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:80] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str

@@ -123,10 +123,17 @@ def test_parameters_are_read_and_not_run(tmp_path: Path):
     assert parameters(path) == {"fast": True, "steps": None, "lr": -1e-3}
 
 
-@pytest.mark.parametrize("line", ["import os", "steps = open('x')", "a = b = 1", "steps += 1"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("import os", "steps = open('x')", "a = b = 1", "steps += 1", "%matplotlib inline", "steps = 3\n!ls", "a ="),
+        *("d = {[]: 1}", "d = {{}}", pytest.param("d = " + "-" * 5000 + "1", id="deep")),
+    ],
+)
 def test_a_parameters_cell_holds_literals_only(tmp_path: Path, line: str):
-    with pytest.raises(ValueError, match="literal"):
+    with pytest.raises(ValueError, match="literal") as caught:
         parameters(write(tmp_path / "x.ipynb", first=line))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_notebook_without_parameters_takes_none(tmp_path: Path):

@@ -100,7 +100,7 @@ def imports(source: str, package: str) -> list[tuple[int, str]]:
                 base = ".".join([*above, *([base] if base else [])])
             # `from workbench import live` names a room just as `import workbench.live` does.
             found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
             literal = node.args[0] if node.args else None
             said = literal.value if isinstance(literal, ast.Constant) else "a name that is computed"
             found.append((node.lineno, str(said)))
@@ -155,6 +155,8 @@ def test_every_source_file_is_in_a_room():
         ("workbench/text/x.py", "def f():\n    import torch.nn", "torch.nn"),
         ("workbench/text/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch", "torch"),
         ("workbench/text/x.py", "import importlib\nimportlib.import_module('torch')", "torch"),
+        ("workbench/text/x.py", "from importlib import import_module\nimport_module('torch')", "torch"),
+        ("workbench/text/x.py", "import importlib as i\ni.import_module('torch')", "torch"),
         ("workbench/text/x.py", "import importlib\nname = 'torch'\nimportlib.import_module(name)", "computed"),
         ("workbench/blocks/x.py", "from workbench import model", "workbench.model"),
         ("workbench/blocks/x.py", "from ..model import config", "workbench.model.config"),

@@ -550,3 +550,36 @@ def test_record_needs_no_torch() -> None:
     code = "import sys, workbench.record; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(record.__file__).parents[2])}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+@pytest.mark.parametrize("content", [b"\0", b"\xff", b"\x0d"])
+def test_a_damaged_page_is_one_line_and_hides_no_other_run(tmp_path: Path, content: bytes):
+    for name in ("whole", "harmed"):
+        with create(tmp_path / name) as writer:
+            for event in events(1, 60):
+                writer.write(event)
+    path = tmp_path / "harmed" / "run.sqlite"
+    connection = sqlite3.connect(path)
+    page_bytes = connection.execute("PRAGMA page_size").fetchone()[0]
+    roots = dict(connection.execute("SELECT name, rootpage FROM sqlite_schema WHERE type = 'table'"))
+    connection.close()
+    good, harmed = path.read_bytes(), tmp_path / "harmed"
+    line = r"harmed.run\.sqlite (cannot be read as a run database|has lost)"
+    reads: dict[str, Callable[[], object]] = {
+        "status": lambda: record.Tail(harmed),
+        "scalars": lambda: record.Tail(harmed).snapshot(),
+        "evaluations": lambda: record.open_source(harmed).snapshot(),
+        "segments": lambda: record.Tail(harmed).load_at(3),
+        "controls": lambda: record.Controls(harmed).pending(),
+        "writer": lambda: record.RunWriter.reopen(harmed, 60),
+    }
+    for table, read in reads.items():
+        start = (roots[table] - 1) * page_bytes
+        path.write_bytes(good[:start] + content * page_bytes + good[start + page_bytes :])
+        with pytest.raises(ValueError, match=line) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+        listed = {run.name: run.status for run in record.runs(tmp_path)}
+        assert set(listed) == {"whole", "harmed"} and listed["whole"] != "unreadable"
+        if table == "status":
+            assert listed["harmed"] == "unreadable"

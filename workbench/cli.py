@@ -212,21 +212,24 @@ def normalize(
         raise typer.Exit(1)
 
 
+_Root = Annotated[Path, typer.Option("--root", help="The folder that holds the run folders.")]
+_RUNS = Path("runs")
+
+
 @runs_app.callback(invoke_without_command=True)
-def runs(context: typer.Context) -> None:
+def runs(context: typer.Context, root: _Root = _RUNS) -> None:
     """List, rename and delete recorded runs.
 
     Example: workbench runs rename toy_v3-001 baseline
     """
     if context.invoked_subcommand is None:
-        list_runs()
-
-
-_Root = Annotated[Path, typer.Option("--root", help="The folder that holds the run folders.")]
+        list_runs(root)
+    elif root != _RUNS:
+        raise ValueError(f"--root belongs behind {context.invoked_subcommand}")
 
 
 @runs_app.command("list")
-def list_runs(root: _Root = Path("runs")) -> None:
+def list_runs(root: _Root = _RUNS) -> None:
     """Name, status, progress and size of every run.
 
     Example: workbench runs list --root runs
@@ -236,8 +239,12 @@ def list_runs(root: _Root = Path("runs")) -> None:
 
     from workbench import record
 
+    found_runs = record.runs(root)
+    if not found_runs:
+        typer.echo(f"no runs in {root}; --root names another folder")
+        return
     table = Table("run", "status", "step", "disk", "started", box=None)
-    for found in record.runs(root):
+    for found in found_runs:
         size = f"{found.disk_bytes / 2**20:.1f} MiB"
         started = found.started.astimezone().strftime("%Y-%m-%d %H:%M") if found.started else ""
         table.add_row(found.name, found.status, f"{found.step}/{found.total_steps}", size, started)
@@ -245,7 +252,7 @@ def list_runs(root: _Root = Path("runs")) -> None:
 
 
 @runs_app.command()
-def rename(old: str, new: str, root: _Root = Path("runs")) -> None:
+def rename(old: str, new: str, root: _Root = _RUNS) -> None:
     """Give a run another name.
 
     Example: workbench runs rename toy_v3-001 baseline
@@ -256,7 +263,7 @@ def rename(old: str, new: str, root: _Root = Path("runs")) -> None:
 
 
 @runs_app.command()
-def delete(name: str, root: _Root = Path("runs")) -> None:
+def delete(name: str, root: _Root = _RUNS) -> None:
     """Delete a run for good; a running one is refused.
 
     Example: workbench runs delete toy_v3-001
@@ -292,7 +299,7 @@ def _value(name: str, text: str, default: Any) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         if default is None:
             return text
         raise ValueError(f"{name}={text!r} must be of type {type(default).__name__}") from None

@@ -3,11 +3,11 @@
     python tests/benchmarks/live_cost.py [--pairs 60] [--steps 2]
 
 One run of `toy_v3` is held between stretches of `steps` steps. In every pair one stretch is made with three views
-(dashboard, routing, curves) pulled ten times a second, each frame built, encoded and sent as to a front end, and one
-without, in alternating order. One thread trains, so that no CPU second is spent on waiting for another. Printed: what
-the thread that answers the pulls spent itself, and last the upper end of the 95 % interval of the median extra cost of
-the whole process, by the sign test: one disturbed pair does not move it. Stretches are short and pairs many, since the
-machine's own speed drifts by some percent within seconds.
+(dashboard, routing, curves) pulled ten times a second, each frame built and encoded as for a front end (not serialized
+by a comm), and one without, in alternating order. One thread trains, so that no CPU second is spent on waiting for
+another. Printed: what the thread that answers the pulls spent itself, and last the upper end of the 95 % interval of
+the median extra cost of the whole process, by the sign test: one disturbed pair does not move it. Stretches are short
+and pairs many, since the machine's own speed drifts by some percent within seconds.
 """
 
 from __future__ import annotations

@@ -109,7 +109,11 @@ def _defaults(notebook: NotebookNode) -> dict[str, Value]:
     cells = [cell for cell in notebook.cells if _is_parameters(cell)]
     if len(cells) > 1:
         raise ValueError(f"{len(cells)} cells are tagged `parameters`; there may be one")
-    statements = ast.parse(cells[0].source).body if cells else []
+    try:
+        statements = ast.parse(cells[0].source).body if cells else []
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        line = error.text if isinstance(error, SyntaxError) and error.text else cells[0].source[:80]
+        raise ValueError(f"the parameters cell may hold only `name = literal`, not `{line.strip()}`") from None
     return dict(_assignment(statement) for statement in statements if not _is_docstring(statement))
 
 
@@ -127,7 +131,7 @@ def _assignment(statement: ast.stmt) -> tuple[str, Value]:
         raise ValueError(f"the parameters cell may hold only `name = literal`, not `{ast.unparse(statement)}`")
     try:
         return target.id, ast.literal_eval(value)
-    except ValueError:
+    except (ValueError, TypeError, MemoryError, RecursionError):
         raise ValueError(f"parameter {target.id} must be a literal, not `{ast.unparse(value)}`") from None
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from workbench.record.plain_json import loads
 
@@ -62,8 +62,61 @@ def create_tables(connection: sqlite3.Connection) -> None:
     connection.executescript(_SCHEMA)
 
 
+class _RunConnection(sqlite3.Connection):
+    """A connection all of whose statements and rows say in one line which run is damaged.
+
+    What a writer meets beside damage (a full disk, a lock) stays a `sqlite3.OperationalError`, for the writer to
+    handle; a reader can do no more about it than about damage.
+    """
+
+    path: Path
+    reads_only: bool
+
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        return _RunCursor(self).execute(*arguments)
+
+    def executemany(self, *arguments: Any) -> sqlite3.Cursor:
+        return _RunCursor(self).executemany(*arguments)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            # Damage has no class of its own: it is what remains when none of the others fits.
+            if type(error) is sqlite3.DatabaseError or (self.reads_only and type(error) is sqlite3.OperationalError):
+                raise ValueError(f"{self.path} cannot be read as a run database: {error}") from error
+            raise
+
+
+class _RunCursor(sqlite3.Cursor):
+    connection: _RunConnection
+
+    def execute(self, *arguments: Any) -> Any:
+        with self.connection.named():
+            return super().execute(*arguments)
+
+    def executemany(self, *arguments: Any) -> Any:
+        with self.connection.named():
+            return super().executemany(*arguments)
+
+    def fetchone(self) -> Any:
+        with self.connection.named():
+            return super().fetchone()
+
+    def fetchall(self) -> list[Any]:
+        with self.connection.named():
+            return super().fetchall()
+
+    def __next__(self) -> Any:
+        with self.connection.named():
+            return super().__next__()
+
+
 def connect(folder: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
     """Open the database of a run folder for reading or writing.
+
+    Whatever is read later from a damaged part raises the same.
 
     Raises:
         ValueError: it is not a run folder, the database is damaged, or its schema is of another version.
@@ -72,17 +125,20 @@ def connect(folder: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
     if not path.is_file():
         raise ValueError(f"{folder} is not a run folder: it has no {FILE_NAME}")
     uri = f"{path.absolute().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False, factory=_RunConnection
+    )
     try:
+        connection.path, connection.reads_only = path, True
         row = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
         connection.execute("PRAGMA synchronous = FULL")
-    except sqlite3.DatabaseError as error:
+        connection.reads_only = mode == "ro"
+        if row is None or loads(row[0]) != SCHEMA_VERSION:
+            found = "none" if row is None else row[0]
+            raise ValueError(f"{path} has schema_version {found}; this version of the workbench reads {SCHEMA_VERSION}")
+    except BaseException:
         connection.close()
-        raise ValueError(f"{path} cannot be read as a run database: {error}") from error
-    if row is None or loads(row[0]) != SCHEMA_VERSION:
-        connection.close()
-        found = "none" if row is None else row[0]
-        raise ValueError(f"{path} has schema_version {found}; this version of the workbench reads {SCHEMA_VERSION}")
+        raise
     return connection
 
 
@@ -112,8 +168,15 @@ class Meta:
 
 
 def read_meta(connection: sqlite3.Connection) -> Meta:
-    """The fixed facts of a run."""
+    """The fixed facts of a run.
+
+    Raises:
+        ValueError: some are missing, as after damage.
+    """
     values = {key: loads(value) for key, value in connection.execute("SELECT key, value FROM meta")}
+    missing = {field.name for field in fields(Meta)} - set(values)
+    if missing:
+        raise ValueError(f"{_place(connection)} has lost {', '.join(sorted(missing))}")
     return Meta(
         created=values["created"],
         seed=values["seed"],
@@ -136,6 +199,17 @@ class Status:
 
 
 def read_status(connection: sqlite3.Connection) -> Status:
-    """The status row as recorded; whether the writer still lives is `ownership.effective_state`'s to say."""
+    """The status row as recorded; whether the writer still lives is `ownership.effective_state`'s to say.
+
+    Raises:
+        ValueError: there is none, as after damage.
+    """
     columns = "state, message, step, total_steps, session, commits"
-    return Status(*connection.execute(f"SELECT {columns} FROM status").fetchone())
+    row = connection.execute(f"SELECT {columns} FROM status").fetchone()
+    if row is None:
+        raise ValueError(f"{_place(connection)} has lost its status")
+    return Status(*row)
+
+
+def _place(connection: sqlite3.Connection) -> str:
+    return str(connection.path) if isinstance(connection, _RunConnection) else "the run database"

@@ -110,6 +110,7 @@ def _info(folder: Path) -> RunInfo:
     try:
         with closing(connect(folder, "ro")) as connection:
             status, meta, state = read_status(connection), read_meta(connection), effective_state(connection)
+            started = datetime.fromisoformat(meta.created)
     except ValueError:
         facts = {"status": "unreadable", "step": 0, "total_steps": 0, "started": None}
         return RunInfo(name=folder.name, folder=folder, disk_bytes=_disk_bytes(folder), **facts)
@@ -120,7 +121,7 @@ def _info(folder: Path) -> RunInfo:
         step=status.step,
         total_steps=status.total_steps,
         disk_bytes=_disk_bytes(folder),
-        started=datetime.fromisoformat(meta.created),
+        started=started,
     )
 
 
