@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,11 +17,14 @@ from workbench.blocks.router import Router
 from workbench.model.config import MixtureOfExperts
 from workbench.model.decoder import Decoder, DecoderOutput
 from workbench.train import memory
-from workbench.train.losses import loss_terms, mtp_inside, mtp_loss, mtp_targets
+from workbench.train.events import Step
+from workbench.train.loop import balance_per, train, weigh
+from workbench.train.losses import LossTerms, loss_terms, mtp_inside, mtp_loss, mtp_targets
 from workbench.train.optimizer import AdamW, build_optimizer
 from workbench.train.recipes import AuxiliaryLoss, LossFreeBias, NoBalance, Recipe, small_v3, toy_v3
 from workbench.train.schedule import WarmupCosine, WarmupStableDecay
 from workbench.train.spikes import FACTOR, MINIMUM_SCALE_NATS, SpikeDetector
+from workbench.train.state import TrainState
 
 
 def test_next_token_and_z_terms_by_hand() -> None:
@@ -202,3 +207,51 @@ def test_a_container_limit_counts(tmp_path, monkeypatch: pytest.MonkeyPatch) -> 
     assert memory.container_bytes() == 3000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.container_bytes() is None
+
+
+def test_a_corpus_that_is_no_mixture_is_refused() -> None:
+    # In a process of its own: in this one the types are checked first.
+    code = "import dataclasses, workbench; dataclasses.replace(workbench.toy_v3(), text=workbench.StdlibCode())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ValueError: text=StdlibCode() must be a Mixture; one corpus alone is Mixture({corpus: 1})" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"z_weight": 0.25}, lambda t: t.next_token + 0.25 * t.z + 0.3 * t.mtp[0]),
+        ({"mtp_weight": 0.5}, lambda t: t.next_token + 0.5 * t.mtp[0]),
+        ({"balance": AuxiliaryLoss(coefficient=0.5)}, lambda t: t.next_token + 0.3 * t.mtp[0] + 0.5 * t.balance),
+        (
+            {"balance": LossFreeBias(sequence_coefficient=0.5)},
+            lambda t: t.next_token + 0.3 * t.mtp[0] + 0.5 * t.balance,
+        ),
+    ],
+)
+def test_the_objective_weighs_every_term(changes: dict, expected) -> None:
+    terms = LossTerms(torch.tensor(2.0), (torch.tensor(3.0),), torch.tensor(5.0), torch.tensor(7.0))
+    assert float(weigh(terms, tiny_recipe(**changes))) == pytest.approx(float(expected(terms)))
+
+
+def test_two_depths_count_by_their_mean() -> None:
+    terms = LossTerms(torch.tensor(2.0), (torch.tensor(3.0), torch.tensor(5.0)), torch.tensor(0.0), torch.tensor(0.0))
+    assert float(weigh(terms, tiny_recipe(mtp_weight=0.5))) == pytest.approx(2 + 0.5 * 4)
+
+
+def test_balance_is_judged_per_batch_or_per_sequence() -> None:
+    judged = [
+        balance_per(tiny_recipe(balance=balance))
+        for balance in (AuxiliaryLoss(per="batch"), AuxiliaryLoss(per="sequence"), LossFreeBias(), NoBalance())
+    ]
+    assert judged == [1, tiny_recipe().batch_size, None, None]
+
+
+def test_the_gradient_is_clipped_before_the_update() -> None:
+    recipe = tiny_recipe(optimizer=AdamW(learning_rate=1e-3, max_grad_norm=1e-3))
+    state = TrainState(recipe)
+    events = train(recipe, state)
+    steps = [next(events) for _ in range(2)]
+    assert isinstance(steps[1], Step) and steps[1].grad_norm > 0.01  # told as it was
+    gradients = [parameter.grad for parameter in state.master.values() if parameter.grad is not None]
+    squares = sum(float(gradient.square().sum()) for gradient in gradients)
+    assert squares**0.5 == pytest.approx(1e-3, rel=1e-3)

@@ -47,6 +47,7 @@ def start(recipe: Recipe, folder: str | Path, *, paused: bool = False, text: Tex
     refuse_missing_device(recipe.device)
     text = load(recipe.text, recipe.tokenizer) if text is None else text
     refuse_other_vocabulary(recipe, text)
+    recipe_json = recipe.to_json()
     with _lock:
         # The new run may need the memory of the earlier one, so only this is found out when that has ended.
         stop_running("another run was started")
@@ -54,7 +55,7 @@ def start(recipe: Recipe, folder: str | Path, *, paused: bool = False, text: Tex
         experts = recipe.model.expert_layers()
         writer = RunWriter.create(
             folder,
-            recipe_json=recipe.to_json(),
+            recipe_json=recipe_json,
             seed=recipe.seed,
             total_steps=recipe.steps,
             text_fingerprint=text.fingerprint,
@@ -124,15 +125,15 @@ def set_again(recorded: Snapshot, state: TrainState) -> None:
             apply_change(Change(**{name: value}), state)
 
 
-def decoder(folder: str | Path, step: int | None = None) -> Decoder:
-    """The model of a run's newest checkpoint, or of that of `step`, in the weights' full precision.
+def decoder(folder: str | Path, step: int | None = None, *, device: str = "cpu") -> Decoder:
+    """The model of a run's newest checkpoint, or of that of `step`, in the weights' full precision, on `device`.
 
     Raises:
         ValueError: not a run folder, or no such checkpoint, or it is damaged.
     """
     folder = Path(folder)
     Tail(folder)
-    recipe = replace(Recipe.from_json((folder / "recipe.json").read_text()), dtype="float32")
+    recipe = replace(Recipe.from_json((folder / "recipe.json").read_text()), dtype="float32", device=device)
     _, tensors, values = checkpoint.load(folder, step)
     return TrainState.from_parts(recipe, tensors, values).decoder.eval()
 

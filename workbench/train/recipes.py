@@ -121,6 +121,10 @@ class Recipe:
             self.num_threads is None or (type(self.num_threads) is int and self.num_threads > 0),
             f"num_threads={self.num_threads!r} must be a whole number above 0, or None",
         )
+        require(
+            isinstance(self.text, Mixture),
+            f"text={self.text!r} must be a Mixture; one corpus alone is Mixture({{corpus: 1}})",
+        )
         counts = {experts.n_routed_experts for _, experts in self.model.expert_layers()}
         require(
             len(counts) <= 1,
