@@ -583,3 +583,20 @@ def test_a_damaged_page_is_one_line_and_hides_no_other_run(tmp_path: Path, conte
         assert set(listed) == {"whole", "harmed"} and listed["whole"] != "unreadable"
         if table == "status":
             assert listed["harmed"] == "unreadable"
+
+
+def test_a_damaged_cell_makes_a_run_unreadable_and_hides_no_other(tmp_path: Path):
+    for name in ("whole", "harmed", "lost"):
+        create(tmp_path / name).close()
+    for name, statement in (
+        ("harmed", "UPDATE meta SET value = '5' WHERE key = 'created'"),
+        ("lost", "DELETE FROM meta WHERE key = 'seed'"),
+    ):
+        connection = sqlite3.connect(tmp_path / name / "run.sqlite")
+        with connection:
+            connection.execute(statement)
+        connection.close()
+    unreadable = {run.name for run in record.runs(tmp_path) if run.status == "unreadable"}
+    assert unreadable == {"harmed", "lost"}
+    with pytest.raises(ValueError, match=r"lost.run\.sqlite has lost seed$"):
+        record.Tail(tmp_path / "lost")

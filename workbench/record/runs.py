@@ -111,7 +111,8 @@ def _info(folder: Path) -> RunInfo:
         with closing(connect(folder, "ro")) as connection:
             status, meta, state = read_status(connection), read_meta(connection), effective_state(connection)
             started = datetime.fromisoformat(meta.created)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
+        # A damaged cell can hold a value of any type.
         facts = {"status": "unreadable", "step": 0, "total_steps": 0, "started": None}
         return RunInfo(name=folder.name, folder=folder, disk_bytes=_disk_bytes(folder), **facts)
     return RunInfo(
