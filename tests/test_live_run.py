@@ -70,6 +70,21 @@ def test_a_run_finishes_and_memory_and_folder_agree(tmp_path, text):
     assert "finished, step 6 of 6" in repr(run)
 
 
+def test_a_thread_count_left_open_is_recorded_as_the_number_that_is_used(tmp_path, text, monkeypatch):
+    used: list[int] = []
+    monkeypatch.setattr("workbench.train.loop.torch.set_num_threads", used.append)
+    assert live.start(tiny(steps=1, num_threads=1), tmp_path / "first", text=text).wait(PATIENCE) == "finished"
+    here = torch.get_num_threads()
+    run = live.start(tiny(steps=2, num_threads=None), tmp_path / "second", text=text, paused=True)
+    run.step()
+    run.wait_for(paused_at(1), PATIENCE)
+    run.stop()
+    run.wait(PATIENCE)
+    assert Recipe.from_json((tmp_path / "second" / "recipe.json").read_text()).num_threads == here
+    assert live.resume(tmp_path / "second", text=text).wait(PATIENCE) == "finished"
+    assert used == [1, here, here]
+
+
 def test_paused_from_the_start_nothing_is_done_and_step_makes_exactly_one(tmp_path, text):
     run = live.start(tiny(), tmp_path / "run", text=text, paused=True)
     assert run.wait_for(is_paused, PATIENCE).step == 0

@@ -47,6 +47,9 @@ def start(recipe: Recipe, folder: str | Path, *, paused: bool = False, text: Tex
     refuse_missing_device(recipe.device)
     text = load(recipe.text, recipe.tokenizer) if text is None else text
     refuse_other_vocabulary(recipe, text)
+    if recipe.num_threads is None:
+        # Recorded as a number: the trainer's thread inherits what an earlier run chose, and results depend on it.
+        recipe = replace(recipe, num_threads=torch.get_num_threads())
     recipe_json = recipe.to_json()
     with _lock:
         # The new run may need the memory of the earlier one, so only this is found out when that has ended.
@@ -172,6 +175,6 @@ def hardware(recipe: Recipe) -> dict[str, Any]:
     return {
         "device": recipe.device,
         "gpu": torch.cuda.get_device_name(recipe.device) if recipe.device.startswith("cuda") else None,
-        "num_threads": torch.get_num_threads() if recipe.num_threads is None else recipe.num_threads,
+        "num_threads": recipe.num_threads,
         "total_steps": recipe.steps,
     }

@@ -63,7 +63,8 @@ class Recipe:
 
     An update takes `batch_size` x `accumulation_steps` sequences of `sequence_length` positions. With
     `dtype="bfloat16"` the passes compute in bfloat16 while weights and optimizer stay float32. `num_threads=None`
-    leaves torch's thread count as it is; results are bitwise repeatable at an equal count only, so it is recorded.
+    leaves torch's thread count as it is; results are bitwise repeatable at an equal count only, so a live run replaces
+    it by that number, records it, and resumes with it.
     """
 
     name: str
