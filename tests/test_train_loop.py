@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
+from workbench.text import BytePairs
 from workbench.train.events import Change, Checkpoint, Evaluation, Event, Spike, Step
 from workbench.train.loop import apply_change, due_after, train
 from workbench.train.recipes import AuxiliaryLoss, LossFreeBias, NoBalance, Recipe
@@ -83,6 +84,16 @@ def test_it_learns() -> None:
     assert evaluations[-1].nats_per_byte < evaluations[-1].floors_nats_per_byte["unigram"]
     assert evaluations[0].floors_nats_per_byte == evaluations[-1].floors_nats_per_byte
     assert evaluations[-1].mtp_accuracy[1] > evaluations[0].mtp_accuracy[1]
+
+
+def test_it_trains_on_byte_pairs() -> None:
+    model = replace(tiny_recipe().model, vocab_size=300)
+    events = list(train(tiny_recipe(tokenizer=BytePairs(vocab_size=300), model=model, steps=40, evaluate_every=40)))
+    first, last = (event for event in events if isinstance(event, Evaluation))
+    assert first.nats_per_token == pytest.approx(np.log(300), abs=0.2)
+    assert last.nats_per_token < first.nats_per_token - 1
+    # A token is worth more than one byte, and the loss is told per byte.
+    assert last.nats_per_byte < last.nats_per_token
 
 
 def test_accumulating_equals_one_larger_batch() -> None:

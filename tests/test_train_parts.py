@@ -204,7 +204,8 @@ def test_a_container_limit_counts(tmp_path, monkeypatch: pytest.MonkeyPatch) -> 
     assert memory.container_bytes() is None
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
-    assert memory.container_bytes() == 3000
+    (tmp_path / "memory.stat").write_text("anon 1500\nactive_file 100\ninactive_file 400\n")
+    assert memory.container_bytes() == 3400
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.container_bytes() is None
 

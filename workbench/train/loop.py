@@ -36,7 +36,8 @@ def train(
         ValueError: the recipe cannot fit into memory, or the text's vocabulary differs from the model's.
         FloatingPointError: a loss or gradient norm is not finite; a training loss that is not stops before the update.
     """
-    refuse_what_cannot_fit(recipe)
+    if state is None:  # the memory of a given state is already taken
+        refuse_what_cannot_fit(recipe)
     text = load(recipe.text, recipe.tokenizer) if text is None else text
     refuse_other_vocabulary(recipe, text)
     if recipe.num_threads is not None:

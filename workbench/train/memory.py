@@ -86,11 +86,14 @@ def available_bytes(device: str) -> int | None:
 
 
 def container_bytes() -> int | None:
-    """What a container's limit leaves; None without one."""
+    """What a container's limit leaves; None without one. Pages of files that the kernel would give up count as free."""
     if not (CGROUP / "memory.max").exists():
         return None
     limit = (CGROUP / "memory.max").read_text().strip()
-    return None if limit == "max" else int(limit) - int((CGROUP / "memory.current").read_text())
+    if limit == "max":
+        return None
+    details = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    return int(limit) - int((CGROUP / "memory.current").read_text()) + int(details["inactive_file"])
 
 
 def refuse_what_cannot_fit(recipe: Recipe) -> None:
