@@ -30,7 +30,7 @@ from workbench.model.config import (
     Yarn,
 )
 from workbench.model.decoder import Decoder
-from workbench.model.hf_names import mtp_depth
+from workbench.model.hf_folder.names import mtp_depth
 
 VOCABULARY = 61
 DENSE = DenseFeedForward(intermediate_size=37)

@@ -21,7 +21,7 @@ from workbench.blocks.sparse_latent_attention import (
     masked_attention,
 )
 from workbench.model import attention_config as spec
-from workbench.model.decoder import rotary_frequencies, rotation_scale, softmax_sharpening
+from workbench.model.rotary import rotary_frequencies, rotation_scale, softmax_sharpening
 from workbench_kernels.causal_attention import visible
 
 CPU = torch.device("cpu")

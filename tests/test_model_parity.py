@@ -19,7 +19,8 @@ from workbench.model.config import (
     Rope,
     Yarn,
 )
-from workbench.model.decoder import Decoder, rotary_frequencies
+from workbench.model.decoder import Decoder
+from workbench.model.rotary import rotary_frequencies
 
 ODD = LatentAttention(
     num_attention_heads=3, q_lora_rank=19, kv_lora_rank=17, qk_nope_head_dim=14, qk_rope_head_dim=6, v_head_dim=11

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from workbench.blocks.router import Router
 from workbench.model.decoder import Decoder
-from workbench.model.fill import plan
-from workbench.model.fp8 import dequantize
+from workbench.model.hf_folder.fill import plan
+from workbench.model.hf_folder.fp8 import dequantize
+from workbench.model.hf_folder.progress_bar import progress_bar
+from workbench.model.hf_folder.safetensors_folder import tensors_in
 from workbench.model.pretrained import load, save
-from workbench.model.progress_bar import progress_bar
-from workbench.model.safetensors_folder import tensors_in
 
 ALLOWED = 1e-5
 V3 = BUILT["deepseek_v3"]

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from workbench.model.config import ClampedActivation, HyperConnections, LayerConfig, ModelConfig, Rope
-from workbench.model.fill import plan
-from workbench.model.hf_names import written
-from workbench.model.safetensors_folder import tensors_in
-from workbench.model.to_published import fitting_type, to_hf
+from workbench.model.hf_folder.fill import plan
+from workbench.model.hf_folder.names import written
+from workbench.model.hf_folder.safetensors_folder import tensors_in
+from workbench.model.to_hf import fitting_type, to_hf
 
 
 def peer_of(config: ModelConfig, folder: Path) -> Any:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from workbench.model.config import MixtureOfExperts, ModelConfig, require
 from workbench.model.decoder import Decoder
-from workbench.model.fill import Reading, plan
-from workbench.model.hf_names import mtp_depths, written
-from workbench.model.new_folder import new_folder
-from workbench.model.progress_bar import progress_bar
-from workbench.model.safetensors_folder import INDEX, SINGLE, Stored, read_json, tensors_in
-from workbench.model.to_published import to_hf
+from workbench.model.hf_folder.fill import Reading, plan
+from workbench.model.hf_folder.names import mtp_depths, written
+from workbench.model.hf_folder.new_folder import new_folder
+from workbench.model.hf_folder.progress_bar import progress_bar
+from workbench.model.hf_folder.safetensors_folder import INDEX, SINGLE, Stored, read_json, tensors_in
+from workbench.model.to_hf import to_hf
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from workbench.model.config import ModelConfig, require
-from workbench.model.published_deepseek import deepseek_v2, deepseek_v3, deepseek_v4, deepseek_v32
-from workbench.model.published_fields import Fields
-from workbench.model.published_neighbours import dots1, glm4_moe, gpt_oss, llama, mixtral, olmoe, qwen2, qwen3_moe
+from workbench.model.hf_read.deepseek import deepseek_v2, deepseek_v3, deepseek_v32
+from workbench.model.hf_read.deepseek_v4 import deepseek_v4
+from workbench.model.hf_read.fields import Fields
+from workbench.model.hf_read.neighbours import dots1, glm4_moe, gpt_oss, llama, mixtral, olmoe, qwen2, qwen3_moe
 
 MODEL_TYPES: dict[str, Callable[[Fields], ModelConfig]] = {
     "deepseek_v2": deepseek_v2,

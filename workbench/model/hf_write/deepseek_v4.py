@@ -5,7 +5,7 @@ from __future__ import annotations
 from workbench.model.attention_config import CompressedAttention, HeavyCompression, SparseCompression, Yarn
 from workbench.model.config import ModelConfig
 from workbench.model.feed_forward_config import MixtureOfExperts
-from workbench.model.published_parts import Fields, fixed, positions
+from workbench.model.hf_write.parts import Fields, fixed, positions
 from workbench.model.require import require
 
 _TYPE = "deepseek_v4"

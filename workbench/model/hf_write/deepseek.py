@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from workbench.model.attention_config import LatentAttention, SparseLatentAttention
 from workbench.model.config import ModelConfig
-from workbench.model.published_parts import (
+from workbench.model.hf_write.parts import (
     Fields,
     experts_of_the_line,
     fixed,

@@ -16,10 +16,10 @@ from workbench.model.attention_config import (
 )
 from workbench.model.config import ModelConfig
 from workbench.model.feed_forward_config import MixtureOfExperts
-from workbench.model.published_grouped import dots1, glm4_moe, gpt_oss, llama, mixtral, olmoe, qwen2, qwen3_moe
-from workbench.model.published_latent import deepseek_v2, deepseek_v3, deepseek_v32
-from workbench.model.published_parts import Fields
-from workbench.model.published_v4 import deepseek_v4
+from workbench.model.hf_write.deepseek import deepseek_v2, deepseek_v3, deepseek_v32
+from workbench.model.hf_write.deepseek_v4 import deepseek_v4
+from workbench.model.hf_write.neighbours import dots1, glm4_moe, gpt_oss, llama, mixtral, olmoe, qwen2, qwen3_moe
+from workbench.model.hf_write.parts import Fields
 from workbench.model.require import require
 
 

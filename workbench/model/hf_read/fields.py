@@ -177,3 +177,15 @@ def no_partial_rotation(fields: Fields, said: Fields) -> None:
     """Refuse a share of the head that turns, where the reference turns the whole head whatever it is."""
     for place in (fields, said):
         place.only("partial_rotary_factor", 1)
+
+
+def common(fields: Fields, *, rms_norm_eps: float = 1e-6) -> dict[str, Any]:
+    """Fields that mean the same everywhere; another activation, or noise while training, is refused."""
+    fields.only("hidden_act", "silu")
+    fields.only("attention_dropout", 0)
+    fields.only("router_jitter_noise", 0)
+    return {
+        "rms_norm_eps": fields.number("rms_norm_eps", default=rms_norm_eps),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings", default=False),
+        "initializer_range": fields.number("initializer_range", default=0.02),
+    }

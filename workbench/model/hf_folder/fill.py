@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.model.fp8 import dequantize, scale_shape
-from workbench.model.hf_names import Place, Spelling, mtp_copies, mtp_depth, mtp_depths, readable, whole, written
+from workbench.model.hf_folder.fp8 import dequantize, scale_shape
+from workbench.model.hf_folder.names import Place, Spelling, mtp_copies, mtp_depth, mtp_depths, readable, whole, written
+from workbench.model.hf_folder.safetensors_folder import Stored, read_all, read_beside
 from workbench.model.require import require
-from workbench.model.safetensors_folder import Stored, read_all, read_beside
 
 _FP8, _SCALES = torch.float8_e4m3fn, (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 _SUFFIX = "_scale_inv"

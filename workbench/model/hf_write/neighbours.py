@@ -7,7 +7,7 @@ from dataclasses import replace
 from workbench.model.attention_config import GroupedQueryAttention
 from workbench.model.config import ModelConfig
 from workbench.model.feed_forward_config import DenseFeedForward
-from workbench.model.published_parts import (
+from workbench.model.hf_write.parts import (
     Fields,
     dense_width,
     experts_of_the_line,

@@ -1,0 +1,64 @@
+"""What a decoder keeps between tokens: one cache per layer, of the kind that its attention needs."""
+
+from __future__ import annotations
+
+import torch
+
+from workbench.blocks.cache import KeyValueCache, LatentCache
+from workbench.blocks.sparse_latent_attention import SparseLatentCache
+from workbench.model import config as spec
+
+
+class DecoderCache:
+    """One cache per layer of the main model; `length` tokens are kept so far."""
+
+    def __init__(self, layers: list[KeyValueCache | LatentCache | SparseLatentCache]) -> None:
+        self.layers = layers
+
+    @property
+    def length(self) -> int:
+        """Tokens kept so far."""
+        return self.layers[0].length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors of all layers occupy, measured from the tensors."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def build_cache(
+    attention: spec.Attention,
+    batch_size: int,
+    max_length: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KeyValueCache | LatentCache | SparseLatentCache:
+    """The cache that an attention specification needs."""
+    match attention:
+        case spec.GroupedQueryAttention():
+            heads = attention.num_key_value_heads
+            return KeyValueCache(
+                batch_size, max_length, num_heads=heads, head_dim=attention.head_dim, dtype=dtype, device=device
+            )
+        case spec.LatentAttention():
+            return LatentCache(
+                batch_size,
+                max_length,
+                kv_lora_rank=attention.kv_lora_rank,
+                qk_rope_head_dim=attention.qk_rope_head_dim,
+                dtype=dtype,
+                device=device,
+            )
+        case spec.SparseLatentAttention(latent=latent):
+            return SparseLatentCache(
+                batch_size,
+                max_length,
+                kv_lora_rank=latent.kv_lora_rank,
+                qk_rope_head_dim=latent.qk_rope_head_dim,
+                index_head_dim=attention.index_head_dim,
+                dtype=dtype,
+                device=device,
+            )
+        case spec.CompressedAttention():
+            raise ValueError("the decoder does not build CompressedAttention yet")

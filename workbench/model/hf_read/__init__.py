@@ -1,0 +1,1 @@
+"""Reading a published `config.json`: one function per model type."""

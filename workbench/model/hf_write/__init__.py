@@ -1,0 +1,1 @@
+"""Writing a `config.json` that transformers reads: one function per model type."""
