@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from workbench.blocks.balance import balance_loss, choice_counts, updated_bias
+from workbench.blocks.balance import balance_loss, choice_counts, communication_loss, device_loss, updated_bias
 from workbench.blocks.router import Router, Routing, best
 from workbench.model.initial import initialize
 
@@ -138,6 +138,54 @@ def test_balance_loss_pulls_scores_of_busy_experts_down() -> None:
     indices = torch.zeros(6, 1, dtype=torch.int64)
     balance_loss(Routing(indices, torch.ones(6, 1), scores, torch.tensor([6, 0, 0])), 1).backward()
     assert scores.grad is not None and (scores.grad[:, 0] > 0).all() and (scores.grad[:, 1:] < 0).all()
+
+
+@pytest.mark.parametrize(("num_experts", "per_token", "tokens"), [(4, 1, 8), (8, 2, 16), (12, 3, 24)])
+def test_device_losses_are_one_at_perfect_balance(num_experts: int, per_token: int, tokens: int) -> None:
+    routing = balanced(num_experts, per_token, tokens)
+    assert float(device_loss(routing, 4)) == pytest.approx(1.0)
+    spread = routing._replace(indices=routing.indices * (num_experts // per_token) % num_experts)
+    reached = len(set((spread.indices[0] // (num_experts // 4)).tolist()))
+    assert reached == per_token
+    shifted = spread.indices + torch.arange(tokens)[:, None] * (num_experts // 4)
+    even = routing._replace(indices=shifted % num_experts)
+    assert float(communication_loss(even, 4, devices_per_token=per_token)) == pytest.approx(1.0)
+
+
+def test_device_losses_by_hand() -> None:
+    # Experts 0 and 1 live on device 0, 2 and 3 on device 1. Three of four choices go to device 0.
+    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.4, 0.2, 0.3, 0.1]])
+    indices = torch.tensor([[0, 1], [0, 2]])
+    routing = Routing(indices, torch.ones(2, 2), scores, torch.tensor([2, 1, 1, 0]))
+    # Mean scores of the devices: 0.65 and 0.35.
+    assert float(device_loss(routing, 2)) == pytest.approx(1.5 * 0.65 + 0.5 * 0.35)
+    # Both tokens are sent to device 0 (the first once, though it visits two experts), one to device 1.
+    assert float(communication_loss(routing, 2, devices_per_token=2)) == pytest.approx(1.0 * 0.65 + 0.5 * 0.35)
+    # One device per expert: the device loss is the expert loss.
+    assert float(device_loss(routing, 4)) == pytest.approx(float(balance_loss(routing, 1)))
+
+
+def test_a_device_with_one_busy_expert_is_balanced() -> None:
+    indices = torch.tensor([[0], [2]])
+    scores = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1]])
+    routing = Routing(indices, torch.ones(2, 1), scores, torch.tensor([1, 0, 1, 0]))
+    assert float(device_loss(routing, 2)) == pytest.approx(1.0)
+    assert float(balance_loss(routing, 1)) > 1.5
+
+
+def test_device_losses_pull_scores_of_busy_devices_down() -> None:
+    for loss in (lambda r: device_loss(r, 2), lambda r: communication_loss(r, 2, devices_per_token=1)):
+        scores = torch.full((6, 4), 0.5, requires_grad=True)
+        loss(Routing(torch.ones(6, 1).long(), torch.ones(6, 1), scores, torch.tensor([0, 6, 0, 0]))).backward()
+        assert scores.grad is not None and (scores.grad[:, :2] > 0).all() and (scores.grad[:, 2:] < 0).all()
+
+
+def test_impossible_devices_are_refused() -> None:
+    routing = balanced(4, 1, 8)
+    with pytest.raises(ValueError, match=r"num_devices=3 must divide the 4 experts"):
+        device_loss(routing, 3)
+    with pytest.raises(ValueError, match=r"devices_per_token=3 must lie in 1..2 \(num_devices\)"):
+        communication_loss(routing, 2, devices_per_token=3)
 
 
 def test_counts_by_sequence() -> None:

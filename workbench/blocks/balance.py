@@ -1,4 +1,4 @@
-"""Keeping experts equally busy: an auxiliary loss per batch or per sequence, or a bias update without any loss."""
+"""Keeping experts and devices equally busy: auxiliary losses, or a bias update without any loss."""
 
 from __future__ import annotations
 
@@ -26,6 +26,52 @@ def balance_loss(routing: Routing, num_sequences: int) -> Float[Tensor, ""]:
     normalised_NE = routing.scores / routing.scores.sum(-1, keepdim=True)
     mean_scores_BE = normalised_NE.unflatten(0, (num_sequences, -1)).mean(1)
     return num_experts * (shares_BE * mean_scores_BE).sum(-1).mean()
+
+
+def device_loss(routing: Routing, num_devices: int) -> Float[Tensor, ""]:
+    """Sum over devices of (choices per expert, 1 at balance) * (summed mean score), the batch judged at once.
+
+    Each of `num_devices` devices holds an equal run of consecutive experts. Exactly 1 when devices are equally busy,
+    however unevenly the experts within each are. Without its coefficient (0.05 in V2).
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.2.3, equations 26 to 28.
+
+    Raises:
+        ValueError: `num_devices` does not divide the experts.
+    """
+    scores_G = device_scores(routing, num_devices)
+    choices_G = routing.load.unflatten(0, (num_devices, -1)).sum(-1).to(scores_G.dtype)
+    return (num_devices * choices_G / choices_G.sum() * scores_G).sum()
+
+
+def communication_loss(routing: Routing, num_devices: int, *, devices_per_token: int) -> Float[Tensor, ""]:
+    """Sum over devices of (share of tokens sent there) * (summed mean score), the batch judged at once.
+
+    A token that visits several experts of a device is sent there once. `devices_per_token` is the most that a token
+    may be sent to (`topk_group`); exactly 1 when every token uses all of these and devices are equally busy. Without
+    its coefficient (0.02 in V2).
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.2.3, equations 29 to 31.
+
+    Raises:
+        ValueError: `num_devices` does not divide the experts, or `devices_per_token` is not in 1..`num_devices`.
+    """
+    if not 1 <= devices_per_token <= num_devices:
+        raise ValueError(f"devices_per_token={devices_per_token} must lie in 1..{num_devices} (num_devices)")
+    scores_G = device_scores(routing, num_devices)
+    device_NA = routing.indices // (routing.scores.shape[-1] // num_devices)
+    sent_NG = torch.zeros(device_NA.shape[0], num_devices, dtype=scores_G.dtype, device=scores_G.device)
+    share_G = sent_NG.scatter(1, device_NA, 1).mean(0) / devices_per_token
+    return (num_devices * share_G * scores_G).sum()
+
+
+def device_scores(routing: Routing, num_devices: int) -> Float[Tensor, " G"]:
+    """Mean normalised score of every expert, summed over the experts of each device; sums to 1."""
+    num_experts = routing.scores.shape[-1]
+    if num_devices < 1 or num_experts % num_devices:
+        raise ValueError(f"num_devices={num_devices} must divide the {num_experts} experts")
+    normalised_NE = routing.scores / routing.scores.sum(-1, keepdim=True)
+    return normalised_NE.mean(0).unflatten(0, (num_devices, -1)).sum(-1)
 
 
 def choice_counts(indices: Int[Tensor, "B T A"], num_experts: int) -> Int[Tensor, "B E"]:
