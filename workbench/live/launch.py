@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import platform
 import threading
@@ -22,7 +23,7 @@ from workbench.train.events import Change
 from workbench.train.loop import apply_change, refuse_other_vocabulary
 from workbench.train.memory import refuse_missing_device, refuse_what_cannot_fit
 from workbench.train.recipes import Recipe
-from workbench.train.state import TrainState
+from workbench.train.state import TrainState, refuse_other_shapes
 
 # How long a process that ends waits for its run to finish a step and save.
 _EXIT_SECONDS = 60.0
@@ -31,22 +32,33 @@ _lock = threading.RLock()
 _runs: list[Run] = []
 
 
-def start(recipe: Recipe, folder: str | Path, *, paused: bool = False, text: Text | None = None) -> Run:
+def start(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    paused: bool = False,
+    text: Text | None = None,
+    weights_of: Decoder | None = None,
+) -> Run:
     """Train `recipe` in the background and record it in the new `folder`; a run of this process is stopped before.
 
     Returns as soon as the text is loaded, which takes seconds once it is cached (`text`: none at all, if it was loaded
     before). Mistakes are so told here and not by a run that fails, nor is the earlier run stopped for them. With
     `paused` the run waits before it does anything. When the process ends, the run is stopped with a checkpoint.
+    `weights_of` gives the initial weights, as `TrainState.from_decoder` takes them; their fingerprint is recorded.
 
     Raises:
         ValueError: the folder exists or its name is not allowed, the recipe's device is not there, its text cannot be
-            read or has another vocabulary than the model, or it cannot fit into memory.
+            read or has another vocabulary than the model, the given weights do not fit it, or it cannot fit into
+            memory.
     """
     folder = Path(folder).absolute()
     validate_name(folder.parent, folder.name)
     refuse_missing_device(recipe.device)
     text = load(recipe.text, recipe.tokenizer) if text is None else text
     refuse_other_vocabulary(recipe, text)
+    if weights_of is not None:
+        refuse_other_shapes(recipe, weights_of)
     if recipe.num_threads is None:
         # Recorded as a number: the trainer's thread inherits what an earlier run chose, and results depend on it.
         recipe = replace(recipe, num_threads=torch.get_num_threads())
@@ -55,6 +67,8 @@ def start(recipe: Recipe, folder: str | Path, *, paused: bool = False, text: Tex
         # The new run may need the memory of the earlier one, so only this is found out when that has ended.
         stop_running("another run was started")
         refuse_what_cannot_fit(recipe)
+        state = None if weights_of is None else TrainState.from_decoder(recipe, weights_of)
+        initial = None if weights_of is None else fingerprint(weights_of)
         experts = recipe.model.expert_layers()
         writer = RunWriter.create(
             folder,
@@ -64,9 +78,9 @@ def start(recipe: Recipe, folder: str | Path, *, paused: bool = False, text: Tex
             text_fingerprint=text.fingerprint,
             layer_names=[name for name, _ in experts],
             num_experts=max((layer.n_routed_experts for _, layer in experts), default=0),
-            hardware=hardware(recipe),
+            hardware={**hardware(recipe), "initial_weights": initial},
         )
-        return hold(Run(writer, recipe, text, None, paused=paused))
+        return hold(Run(writer, recipe, text, state, paused=paused))
 
 
 def resume(
@@ -139,6 +153,15 @@ def decoder(folder: str | Path, step: int | None = None, *, device: str = "cpu")
     recipe = replace(Recipe.from_json((folder / "recipe.json").read_text()), dtype="float32", device=device)
     _, tensors, values = checkpoint.load(folder, step)
     return TrainState.from_parts(recipe, tensors, values).decoder.eval()
+
+
+def fingerprint(decoder: Decoder) -> str:
+    """SHA-256 over the names, types, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(decoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def hold(run: Run) -> Run:

@@ -86,6 +86,26 @@ class TrainState:
                 state.optimizer.state[parameter]["step"].fill_(state.step)
         return state
 
+    @classmethod
+    def from_decoder(cls, recipe: Recipe, decoder: Decoder) -> TrainState:
+        """A state at step 0 whose weights are those of `decoder`, imported or trained before; they are copied.
+
+        The recipe's model may differ from the decoder's wherever no tensor changes its shape: another number of experts
+        per token, scale of the routed experts, RoPE base. A selection bias is taken over too, and stays as it is unless
+        the recipe balances by it.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or has another shape than the recipe's model gives it.
+        """
+        refuse_other_shapes(recipe, decoder)
+        state = cls(recipe)
+        given = decoder.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, tensor in (*state.master.items(), *state.decoder.named_buffers()):
+                tensor.copy_(given[name])
+        state.copy_master_to_decoder()
+        return state
+
     def allocate_moments(self) -> None:
         """Give every parameter zero moments, as the first update would."""
         for parameter in self.master.values():
@@ -101,6 +121,22 @@ class TrainState:
         for name, parameter in self.decoder.named_parameters():
             if parameter is not self.master[name]:
                 parameter.copy_(self.master[name])
+
+
+def refuse_other_shapes(recipe: Recipe, decoder: Decoder) -> None:
+    """Raise `ValueError`, in one line, unless every tensor of `decoder` has its place in the recipe's model."""
+    with torch.device("meta"):
+        wanted = Decoder(recipe.model).state_dict()
+    given = decoder.state_dict()
+    for name in sorted(wanted.keys() | given.keys()):
+        if name not in given:
+            raise ValueError(f"the given model has no {name}, which the recipe's model has {list(wanted[name].shape)}")
+        if name not in wanted:
+            raise ValueError(f"the given model has {name} {list(given[name].shape)}, which the recipe's model has not")
+        if given[name].shape != wanted[name].shape:
+            raise ValueError(
+                f"the given model's {name} is {list(given[name].shape)}; the recipe's needs {list(wanted[name].shape)}"
+            )
 
 
 def _describe(tensor: torch.Tensor) -> str:
