@@ -59,6 +59,7 @@ def events_of(step: int) -> Iterator[Event]:
             nats_per_byte=1.0,
             nats_per_byte_by_corpus={"code": 1.0 / step},
             floors_nats_per_byte={"uniform": 8.0},
+            floors_nats_per_token={"uniform": 8.0},
             mtp_accuracy={1: 0.5},
             distance_bigram_accuracy={1: 0.25},
             load_by_corpus_LE={"code": load_LE},

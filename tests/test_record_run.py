@@ -63,6 +63,7 @@ def evaluation_event(step: int) -> Evaluation:
         nats_per_byte=1.25,
         nats_per_byte_by_corpus={"float": 1.0, "prose": math.nan},
         floors_nats_per_byte={"uniform": 8.0, "unigram": 4.0, "bigram": 3.0},
+        floors_nats_per_token={"uniform": 8.0, "unigram": 4.5, "bigram": 3.5},
         mtp_accuracy={1: 0.5},
         distance_bigram_accuracy={1: 0.25},
         load_by_corpus_LE={"code": np.full((2, 4), step), "prose": np.zeros((2, 4), np.int32)},

@@ -191,6 +191,7 @@ def test_an_ended_run_stays_live_for_replay_until_it_is_kept(
     view = routing(writer.folder, live=True)
     view.show()
     ask(view, "pull", have=None, values={"step": 5})
+    assert set(screen[0]["data"]) == {WIDGET, "image/svg+xml", "text/plain"}, "nothing else would show it later"
     frame, _ = sent.pop()
     assert frame["still"] and "step 5" in frame["panels"][0]["title"]
     ask(view, "keep", values={"step": 5})
@@ -291,6 +292,35 @@ def test_buttons_follow_the_run_and_say_why_not(
 
 
 @pytest.mark.parametrize(
+    ("recipe", "experts", "fields"),
+    [
+        ('{"balance": {"kind": "LossFreeBias"}}', 8, ["learning_rate", "balance_speed"]),
+        ('{"balance": {"kind": "AuxiliaryLoss"}}', 8, ["learning_rate"]),
+        ('{"balance": {"kind": "LossFreeBias"}}', 0, ["learning_rate"]),
+    ],
+    ids=["bias", "loss", "no experts"],
+)
+def test_a_field_is_there_only_where_it_acts(
+    tmp_path: Path, screen: list[dict[str, Any]], sent: list[Any], recipe: str, experts: int, fields: list[str]
+) -> None:
+    layers = ("layer 1",) if experts else ()
+    about = {"text_fingerprint": "0" * 64, "layer_names": layers, "num_experts": experts, "hardware": {}}
+    writer = RunWriter.create(tmp_path / "run", recipe_json=recipe, seed=0, total_steps=9, **about)
+    writer.status("running")
+    view = dashboard(writer.folder, live=True)
+    view.show()
+    ask(view, "pull", have=None)
+    apply = next(control for control in sent[-1][0]["controls"] if control["name"] == "set")
+    assert [field["name"] for field in apply["fields"]] == fields
+    if "balance_speed" not in fields:
+        ask(view, "act", action="set", given={"balance_speed": "1e-3"})
+        assert "it has no balance_speed to set" in sent[-1][0]["text"]
+        assert not Controls(writer.folder).pending()
+    view.close()
+    writer.close()
+
+
+@pytest.mark.parametrize(
     ("form", "name", "beginning"),
     [
         ("csv", "run-001_routing.csv", b"panel,"),
@@ -325,6 +355,7 @@ def test_the_data_table_has_the_exact_numbers(writer: RunWriter, screen: list[di
 def test_cache_is_drawn_anew_only_for_new_settings(screen: list[dict[str, Any]], sent: list[Any]) -> None:
     view = cache(config(), live=True)
     view.show()
+    assert screen[0]["data"]["image/svg+xml"].startswith("<?xml")
     ask(view, "pull", have=None)
     first = sent.pop()[0]
     assert first["still"]

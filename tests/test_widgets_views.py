@@ -96,6 +96,7 @@ def test_curves_show_the_record_and_label_every_floor(writer: RunWriter) -> None
     labels = [label["text"] for label in live.encode([loss])[0][0]["labels"]]
     assert {"uniform 5.54", "unigram 3.31", "bigram 2.45"} <= set(labels)
     assert [line.name for line in terms.lines] == ["next token", "MTP 1", "balance", "z"]
+    assert {(r.name.split()[0], r.y) for r in terms.references} == set(recorded.TOKEN_FLOORS.items())
     np.testing.assert_array_equal(rate.lines[0].y, snapshot.series["learning_rate"].values)
 
 
@@ -121,6 +122,18 @@ def test_the_dashboard_is_all_of_it(writer: RunWriter) -> None:
     rows = {row[0]: row for row in table.cells()}
     assert rows["token 2 ahead (MTP 1)"][1:] == ["31.0% right", "counting 22.0%"]
     assert "bigram floor" in rows and "stdlib_code" in rows
+    assert rows["stdlib_code, training part"][1:] == ["read 1.60 times", "⚠ repeats: it may be memorised"]
+    assert table.summary.endswith("Read more than once: stdlib_code.")
+
+
+def test_text_that_was_not_read_through_is_no_warning(tmp_path: Path) -> None:
+    writer = recorded.create(tmp_path / "run-001")
+    recorded.write_steps(writer, 1, 99)
+    table = dashboard(writer.folder).primitives()[-1]
+    writer.close()
+    assert isinstance(table, Table)
+    assert ["stdlib_code, training part", "read 0.99 times", ""] in [list(row) for row in table.cells()]
+    assert "Read more than once" not in table.summary
 
 
 def test_a_run_without_a_step_yet(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from workbench.record import RunWriter
 from workbench.train.events import Evaluation, Spike, Step
 
 LAYERS, EXPERTS = 4, 16
+TOKEN_FLOORS = {"uniform": 5.545, "unigram": 3.9, "bigram": 2.9}
 FLOORS = {"uniform": 5.545, "unigram": 3.312, "bigram": 2.447}
 
 
@@ -55,6 +56,7 @@ def evaluation(step: int, *, layers: int = LAYERS, experts: int = EXPERTS, corpu
         nats_per_byte=loss,
         nats_per_byte_by_corpus={corpus: loss - 0.1, "stdlib_prose": loss + 0.2},
         floors_nats_per_byte=FLOORS,
+        floors_nats_per_token=TOKEN_FLOORS,
         mtp_accuracy={1: 0.31},
         distance_bigram_accuracy={1: 0.22},
         load_by_corpus_LE={corpus: load(step, layers=layers, experts=experts)},

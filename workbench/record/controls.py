@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from workbench.record.database import connect, transaction
+from workbench.record.database import connect, read_meta, transaction
 from workbench.record.ownership import effective_state
 from workbench.record.plain_json import dumps, loads
 from workbench.record.snapshot import LIVE_STATES
@@ -63,6 +63,11 @@ class Controls:
             self._refuse_without_bias()
         self._send("set", change)
 
+    def settings(self) -> tuple[str, ...]:
+        """What `set` may change in this run; the balance speed only where a bias balances experts."""
+        balanced = self._balance() in (None, "LossFreeBias") and self._has_experts()
+        return ("learning_rate", "balance_speed") if balanced else ("learning_rate",)
+
     def pending(self) -> tuple[Control, ...]:
         """What has been sent and not yet applied, oldest first. About 0.1 ms: the trainer asks before every step."""
         query = "SELECT id, kind, value FROM controls WHERE applied_step IS NULL ORDER BY id"
@@ -93,10 +98,19 @@ class Controls:
 
     def _refuse_without_bias(self) -> None:
         # Refused here, where somebody reads it, and not by the trainer, whom it would end.
-        recipe = loads((self._folder / "recipe.json").read_bytes())
-        balance = recipe.get("balance", {}).get("kind")
+        balance = self._balance()
         if balance not in (None, "LossFreeBias"):
             raise ValueError(f"{self._folder.name} balances by {balance}: it has no balance_speed to set")
+        if not self._has_experts():
+            raise ValueError(f"{self._folder.name} has no experts: it has no balance_speed to set")
+
+    def _balance(self) -> str | None:
+        """The kind of balance that the recipe names, if it names one."""
+        return loads((self._folder / "recipe.json").read_bytes()).get("balance", {}).get("kind")
+
+    def _has_experts(self) -> bool:
+        with closing(connect(self._folder, "ro")) as connection:
+            return read_meta(connection).num_experts > 0
 
     def _send(self, kind: ControlKind, change: Change | None = None) -> None:
         value = dumps({} if change is None else _plain(change))

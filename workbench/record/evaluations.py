@@ -29,6 +29,7 @@ def evaluation_to_json(evaluation: Evaluation, shape: tuple[int, int]) -> str:
             "nats_per_byte": float(evaluation.nats_per_byte),
             "nats_per_byte_by_corpus": _pairs(evaluation.nats_per_byte_by_corpus),
             "floors_nats_per_byte": _pairs(evaluation.floors_nats_per_byte),
+            "floors_nats_per_token": _pairs(evaluation.floors_nats_per_token),
             "mtp_accuracy": _pairs(evaluation.mtp_accuracy),
             "distance_bigram_accuracy": _pairs(evaluation.distance_bigram_accuracy),
             "load_by_corpus": [[corpus, load.tolist()] for corpus, load in evaluation.load_by_corpus_LE.items()],
@@ -51,6 +52,7 @@ def evaluation_from_json(step: int, text: str, sample: str, shape: tuple[int, in
         nats_per_byte=plain["nats_per_byte"],
         nats_per_byte_by_corpus=dict(plain["nats_per_byte_by_corpus"]),
         floors_nats_per_byte=dict(plain["floors_nats_per_byte"]),
+        floors_nats_per_token=dict(plain.get("floors_nats_per_token", ())),  # runs before 2026-11-25 lack it
         mtp_accuracy=dict(plain["mtp_accuracy"]),
         distance_bigram_accuracy=dict(plain["distance_bigram_accuracy"]),
         load_by_corpus_LE=loads_LE,

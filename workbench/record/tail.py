@@ -69,7 +69,11 @@ class Tail:
         return found[0].astype(np.int64).reshape(len(meta.layer_names), meta.num_experts)
 
     def on_end(self, callback: Callable[[], None]) -> None:
-        """Call `callback` from the first `snapshot` that shows the run ended; at once when this one does."""
+        """Call `callback` from the first `snapshot` that shows the run ended; at once when this one does.
+
+        Nobody watches the folder in between: a view of another process' run that no front end pulls, since it is out of
+        sight, stays as it is until it is looked at.
+        """
         with self._lock:
             self._callbacks.append(callback)
         self.snapshot()

@@ -84,6 +84,7 @@ def examine(decoder: Decoder, exam: Examination, recipe: Recipe, step: int) -> E
             name: float(nats_by_corpus[i] / bytes_by_corpus[i]) for i, name in enumerate(exam.names)
         },
         floors_nats_per_byte=dict(exam.floors.nats_per_byte),
+        floors_nats_per_token=dict(exam.floors.nats_per_token),
         mtp_accuracy={depth: hits[depth] / max(1.0, guesses[depth]) for depth in depths},
         distance_bigram_accuracy={depth: exam.floors.distance_accuracy[depth + 1] for depth in depths},
         load_by_corpus_LE={name: loads_by_corpus[i] for i, name in enumerate(exam.names)},

@@ -39,7 +39,7 @@ class Evaluation:
     """The model on the fixed validation batches, after `step` updates.
 
     `nats_per_byte` is the total next-token loss over the UTF-8 bytes of the predicted tokens; `floors_nats_per_byte`
-    (`uniform`, `unigram`, `bigram`) are those of counting models over the very same tokens.
+    (`uniform`, `unigram`, `bigram`) are those of counting models over the very same tokens, and so per token.
     `mtp_accuracy` maps the prediction depth (1: the second token) to its accuracy; `distance_bigram_accuracy` gives,
     for the same depth, that of the best guess from the current token alone.
     `load_by_corpus_LE` counts the validation tokens of each corpus per MoE layer and expert.
@@ -50,6 +50,7 @@ class Evaluation:
     nats_per_byte: float
     nats_per_byte_by_corpus: Mapping[str, float]
     floors_nats_per_byte: Mapping[str, float]
+    floors_nats_per_token: Mapping[str, float]
     mtp_accuracy: Mapping[int, float]
     distance_bigram_accuracy: Mapping[int, float]
     load_by_corpus_LE: Mapping[str, np.ndarray]

@@ -39,7 +39,8 @@ class View:
 
     `live=True` opens a widget that the front end pulls at most ten times a second, and only while it is visible. When
     the content ends, on whatever thread, or when the reader asks to keep it, the widget's output is replaced by the
-    static bundle. A content that has ended before it is shown stays live for replay until it is kept.
+    static bundle. A content that has ended before it is shown stays live for replay until it is kept; its picture is
+    stored beside the widget, for whoever opens the notebook without a kernel.
     `live=False` creates no widget: the static bundle is displayed once and never updated.
     `live=None` is live in a Jupyter kernel as long as the content has not ended. A kernel cannot tell whether a browser
     is looking: a notebook that runs without a screen passes False.
@@ -86,6 +87,9 @@ class View:
             data = dict(shown[0] if isinstance(shown, tuple) else shown)
             frame = self._frame({})
             data["text/plain"] = files.text(frame.primitives, frame.title, frame.status)
+            if self._content.ended or not self._content.settles:
+                # Nothing will replace it: a page without a kernel shows this picture, or nothing.
+                data["image/svg+xml"] = files.svg(frame.primitives, frame.title, frame.status)
             handle = display(data, raw=True, display_id=True)
             if handle is not None:
                 self._handles.append(handle)

@@ -14,6 +14,7 @@ from workbench.widgets.primitives import Line, Lines, Marker, Primitive, Referen
 from workbench.widgets.run_content import RunContent
 
 SMOOTHED_STEPS = 10
+REPEATS = "⚠ repeats: it may be memorised"
 NOTHING_YET = "No step recorded yet."
 
 
@@ -32,7 +33,10 @@ def curve_primitives(snapshot: Snapshot) -> list[Primitive]:
 
 
 def validation_table(snapshot: Snapshot) -> Table:
-    """The newest evaluation: the loss by corpus, the floors, and the accuracy of the further predictions."""
+    """The newest evaluation: losses by corpus, floors, accuracy of further predictions, how often text was read.
+
+    From one epoch on the training text repeats itself, and its loss falls by memory as well.
+    """
     if not snapshot.evaluations:
         return Table(title="Validation", columns=("",), rows=(), summary="No evaluation recorded yet.")
     newest = snapshot.evaluations[-1]
@@ -46,12 +50,24 @@ def validation_table(snapshot: Snapshot) -> Table:
         counted = newest.distance_bigram_accuracy.get(depth)
         peer = "" if counted is None else f"counting {counted:.1%}"
         rows.append((f"token {depth + 1} ahead (MTP {depth})", f"{accuracy:.1%} right", peer))
+    epochs = newest_epochs(snapshot)
+    for corpus, count in epochs.items():
+        rows.append((f"{corpus}, training part", f"read {count:.2f} times", REPEATS if count >= 1 else ""))
+    repeated = [corpus for corpus, count in epochs.items() if count >= 1]
+    warning = f" Read more than once: {', '.join(repeated)}." if repeated else ""
     return Table(
         title=f"Validation at step {newest.step}",
         columns=("what", "value", "compared"),
         rows=tuple(rows),
-        summary=f"{newest.nats_per_byte:.3f} nats/byte after {newest.step} steps.",
+        summary=f"{newest.nats_per_byte:.3f} nats/byte after {newest.step} steps.{warning}",
     )
+
+
+def newest_epochs(snapshot: Snapshot) -> dict[str, float]:
+    """How often the training part of each corpus has been read so far."""
+    prefix = "epochs/"
+    read = {name: series.values for name, series in snapshot.series.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): float(values[-1]) for name, values in read.items() if len(values)}
 
 
 def _side(margin: float) -> str:
@@ -103,12 +119,15 @@ def _terms(snapshot: Snapshot) -> Lines:
             label = name.replace("mtp_", "MTP ").replace("_", " ")
             lines.append(Line(name=label, x=steps, y=smooth(values, SMOOTHED_STEPS), color=len(lines)))
     words = ", ".join(f"{line.name} {number(float(line.y[-1]))}" for line in lines)
+    floors = snapshot.evaluations[-1].floors_nats_per_token if snapshot.evaluations else {}
+    references = tuple(Reference(f"{name} {floor:.2f}", floor) for name, floor in floors.items())
     return Lines(
         title="Terms of the objective, unweighted",
         x_label="step",
         y_label=f"nats/token (balance and z: no unit), mean of {SMOOTHED_STEPS} steps",
         y_scale="log10",
         lines=tuple(lines),
+        references=references,
         summary=f"Newest: {words}." if words else NOTHING_YET,
         span=6,
     )

@@ -60,6 +60,7 @@ class RunContent(Content):
         self._source = source
         self._build = build
         self._replay = replay
+        self._settings = Controls(source.folder).settings() if steering else ()
         self._steering = steering
 
     def frame(self, values: Mapping[str, Any], have: int | None = None) -> Frame | None:
@@ -99,7 +100,8 @@ class RunContent(Content):
                 if str(given.get(name, "")).strip()
             }
             if not numbers:
-                raise ValueError("Apply: type a learning rate or a balance speed first")
+                names = " or a ".join(SETTINGS[name].lower() for name in self._settings)
+                raise ValueError(f"Apply: type a {names} first")
             controls.set(**numbers)
             words = ", ".join(f"{SETTINGS[name].lower()} {number(value)}" for name, value in numbers.items())
             return f"From the next step on: {words}."
@@ -109,7 +111,7 @@ class RunContent(Content):
     def _controls(self, snapshot: Snapshot) -> tuple[Control, ...]:
         found: list[Control] = []
         if self._steering:
-            found += steering(snapshot)
+            found += steering(snapshot, self._settings)
         if self._replay:
             found.append(
                 Slider(name=STEP, label="Step shown", minimum=min(1, snapshot.load_step), maximum=snapshot.load_step)
@@ -117,8 +119,8 @@ class RunContent(Content):
         return tuple(found)
 
 
-def steering(snapshot: Snapshot) -> list[Control]:
-    """Buttons and fields of a run, each saying why while it can do nothing."""
+def steering(snapshot: Snapshot, settings: tuple[str, ...]) -> list[Control]:
+    """Buttons of a run, and fields for its `settings`, each saying why while it can do nothing."""
     running, paused = snapshot.status in ("starting", "running"), snapshot.status == "paused"
     why = f"The run is {snapshot.status}."
 
@@ -126,7 +128,7 @@ def steering(snapshot: Snapshot) -> list[Control]:
         series = snapshot.series.get(name)
         return number(float(series.values[-1])) if series is not None and len(series.values) else ""
 
-    fields = tuple(Number(name=name, label=label, value=newest(name)) for name, label in SETTINGS.items())
+    fields = tuple(Number(name=name, label=SETTINGS[name], value=newest(name)) for name in settings)
     return [
         Action(name="pause", label="Pause", enabled=running, why=why),
         Action(name="resume", label="Resume", enabled=paused, why=why),
