@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -601,3 +602,49 @@ def test_a_damaged_cell_makes_a_run_unreadable_and_hides_no_other(tmp_path: Path
     assert unreadable == {"harmed", "lost"}
     with pytest.raises(ValueError, match=r"lost.run\.sqlite has lost seed$"):
         record.Tail(tmp_path / "lost")
+
+
+def cells(path: Path) -> list[tuple[str, str]]:
+    connection = sqlite3.connect(path)
+    tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+    found = [(t, row[1]) for t in tables for row in connection.execute(f"PRAGMA table_info({t})") if row[1] != "id"]
+    connection.close()
+    return [cell for cell in found if not cell[0].startswith("sqlite_")]
+
+
+@pytest.mark.parametrize("content", [b"\xff\x00", "word", "[1]", '{"a": 1}', 1e300, -7])
+def test_a_cell_of_a_wrong_kind_is_read_or_is_one_line(tmp_path: Path, content: object):
+    folder = tmp_path / "harmed"
+    with create(folder) as writer:
+        writer.status("running")
+        for event in events(1, 60):
+            writer.write(event)
+        record.Controls(folder).set(learning_rate=1e-3)
+    path = folder / "run.sqlite"
+    good = path.read_bytes()
+    reads: dict[str, Callable[[], object]] = {
+        "snapshot": lambda: record.Tail(folder).snapshot(),
+        "load": lambda: record.Tail(folder).load_at(3),
+        "controls": lambda: record.Controls(folder).pending(),
+        "runs": lambda: list(record.runs(tmp_path)),
+    }
+    refused = 0
+    for table, column in cells(path):
+        path.write_bytes(good)
+        connection = sqlite3.connect(path)
+        with connection, suppress(sqlite3.IntegrityError):  # some cells cannot hold it
+            row = "(SELECT MAX(rowid) FROM {0})" if table not in ("meta", "scalars") else None
+            where = f"rowid = {row.format(table)}" if row else f"{column} = (SELECT MAX({column}) FROM {table})"
+            connection.execute(f"UPDATE OR IGNORE {table} SET {column} = ? WHERE {where}", (content,))
+        connection.close()
+        for name, read in reads.items():
+            try:
+                read()
+            except ValueError as error:
+                assert name != "runs", f"{table}.{column}: a damaged run hides the others"
+                line = str(error)
+                assert "\n" not in line and ("harmed" in line or "no load of step 3" in line), (
+                    f"{table}.{column}: {line}"
+                )
+                refused += 1
+    assert refused > 0

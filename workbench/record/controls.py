@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from workbench.record.database import connect, read_meta, transaction
+from workbench.record.database import connect, naming_damage, read_meta, transaction
 from workbench.record.ownership import effective_state
 from workbench.record.plain_json import dumps, loads
 from workbench.record.snapshot import LIVE_STATES
@@ -71,9 +71,10 @@ class Controls:
     def pending(self) -> tuple[Control, ...]:
         """What has been sent and not yet applied, oldest first. About 0.1 ms: the trainer asks before every step."""
         query = "SELECT id, kind, value FROM controls WHERE applied_step IS NULL ORDER BY id"
-        with closing(connect(self._folder, "ro")) as connection:
-            rows = connection.execute(query).fetchall()
-        return tuple(_control(*row) for row in rows)
+        with naming_damage(self._folder):
+            with closing(connect(self._folder, "ro")) as connection:
+                rows = connection.execute(query).fetchall()
+            return tuple(_control(*row) for row in rows)
 
     def applied(self, control_id: int, step: int) -> tuple[tuple[int, str, float], ...]:
         """Confirm a control with the first step that it acts on, and record the values that it set.

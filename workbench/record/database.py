@@ -156,6 +156,24 @@ def transaction(connection: sqlite3.Connection, kind: Literal["IMMEDIATE", "DEFE
         raise
 
 
+@contextmanager
+def naming_damage(folder: Path) -> Iterator[None]:
+    """Turn what a cell of a wrong kind does to the code that reads it into one line that names the database.
+
+    A whole database of this version holds no such cell: that these errors mean damage is known here and nowhere else.
+    """
+    try:
+        yield
+    except (TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError) as error:
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{folder / FILE_NAME} cannot be read as a run database: {words}") from error
+    except ValueError as error:
+        if FILE_NAME in str(error) or str(folder) in str(error):
+            raise
+        words = str(error).splitlines()[0]
+        raise ValueError(f"{folder / FILE_NAME} cannot be read as a run database: {words}") from error
+
+
 @dataclass(frozen=True)
 class Meta:
     """What never changes in the life of a run."""

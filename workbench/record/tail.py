@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from workbench.record.arrays import list_segments, read_step
-from workbench.record.database import connect, read_meta
+from workbench.record.database import connect, naming_damage, read_meta
 from workbench.record.ownership import effective_state
 from workbench.record.replay import Replay
 from workbench.record.snapshot import LIVE_STATES, Snapshot, Source
@@ -32,7 +32,7 @@ class Tail:
         self._folder = Path(folder).absolute()
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
-        with closing(connect(self._folder, "ro")) as connection:
+        with naming_damage(self._folder), closing(connect(self._folder, "ro")) as connection:
             self._replay = Replay(connection, self._folder)
 
     @property
@@ -43,11 +43,11 @@ class Tail:
     def snapshot(self) -> Snapshot:
         """The newest committed state. Calls the observers when it is the first that shows the end."""
         with self._lock:
-            with closing(connect(self._folder, "ro")) as connection:
+            with naming_damage(self._folder), closing(connect(self._folder, "ro")) as connection:
                 while not self._replay.update(connection):
                     version = self._replay.history.snapshot().version + 1
                     self._replay = Replay(connection, self._folder, version)
-            snapshot = self._replay.history.snapshot()
+                snapshot = self._replay.history.snapshot()
             callbacks: list[Callable[[], None]] = []
             if snapshot.ended:
                 callbacks, self._callbacks = self._callbacks, callbacks
@@ -61,12 +61,13 @@ class Tail:
         Raises:
             ValueError: no load of that step is on the disk; the line names the steps that are.
         """
-        with closing(connect(self._folder, "ro")) as connection:
+        with naming_damage(self._folder), closing(connect(self._folder, "ro")) as connection:
             found = read_step(connection, self._folder, step)
-            if found is None:
-                raise ValueError(_unreadable_line(connection, self._folder, step))
-            meta = read_meta(connection)
-        return found[0].astype(np.int64).reshape(len(meta.layer_names), meta.num_experts)
+            if found is not None:
+                meta = read_meta(connection)
+                return found[0].astype(np.int64).reshape(len(meta.layer_names), meta.num_experts)
+            line = _unreadable_line(connection, self._folder, step)
+        raise ValueError(line)
 
     def on_end(self, callback: Callable[[], None]) -> None:
         """Call `callback` from the first `snapshot` that shows the run ended; at once when this one does.
