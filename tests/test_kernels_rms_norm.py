@@ -8,7 +8,8 @@ from kernel_rules import ODD_SIZES, assert_obeys_rule, results
 from torch import Tensor
 
 from workbench_kernels import rms_norm
-from workbench_kernels.rms_norm import reference
+from workbench_kernels.rms_norm import fits_twin, reference
+from workbench_kernels.tier import resolve
 
 EPS = 1e-6
 
@@ -92,3 +93,15 @@ def test_compiles_as_one_graph() -> None:
 def test_refuses(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rms_norm(**{"x": torch.ones(2, 4), "weight": torch.ones(4), "eps": EPS, **change})
+
+
+@pytest.mark.parametrize(
+    ("width", "tier"), [(1, "fused"), (4096, "fused"), (4097, "reference"), (8192, "fused"), (8208, "reference")]
+)
+def test_auto_on_a_gpu_takes_the_definition_for_widths_without_a_twin(
+    width: int, tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workbench_kernels.tier.find_spec", lambda name: object())
+    place = torch.device("cuda"), torch.bfloat16
+    assert resolve("rms_norm", "auto", *place, fits=fits_twin(width)) == tier
+    assert resolve("rms_norm", "fused", *place, fits=fits_twin(width)) == "fused", "never another form instead"

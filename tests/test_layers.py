@@ -34,10 +34,17 @@ def rooms(*names: str) -> tuple[str, ...]:
 
 LAYERS = (
     Layer("kernels/workbench_kernels", theirs=("torch",), exceptions=(("fused", ("triton",)),)),
-    Layer("workbench/text", theirs=("numpy", "tokenizers", "pyarrow")),
+    Layer("workbench/field_types.py"),
+    Layer("workbench/text", rooms("field_types"), theirs=("numpy", "tokenizers", "pyarrow")),
     Layer("workbench/blocks", rooms("workbench_kernels"), ("torch", "jaxtyping")),
-    Layer("workbench/model", rooms("workbench_kernels", "blocks"), ("torch", "safetensors", "jaxtyping")),
-    Layer("workbench/train", rooms("workbench_kernels", "text", "blocks", "model"), ("torch", "jaxtyping", "numpy")),
+    Layer(
+        "workbench/model", rooms("workbench_kernels", "field_types", "blocks"), ("torch", "safetensors", "jaxtyping")
+    ),
+    Layer(
+        "workbench/train",
+        rooms("workbench_kernels", "field_types", "text", "blocks", "model"),
+        ("torch", "jaxtyping", "numpy"),
+    ),
     Layer(
         "workbench/record",
         rooms("model.config", "train.events"),

@@ -220,7 +220,7 @@ def test_the_bigram_floor_of_markov_text_is_its_entropy_rate(tmp_path: Path) -> 
         (lambda: ModularArithmeticTask(modulus=1), "modulus=1 must be at least 2"),
         (lambda: ModularArithmeticTask(modulus=5, num_documents=26), r"num_documents=26 must lie in 2\.\.25"),
         (lambda: MarkovTask(concentration=0), r"concentration=0 must lie in"),
-        (lambda: MarkovTask(concentration=math.nan), r"concentration=nan must lie in"),
+        (lambda: MarkovTask(concentration=math.nan), r"concentration=nan must be a finite number"),
     ],
 )
 def test_refused_sizes(build, complaint: str) -> None:

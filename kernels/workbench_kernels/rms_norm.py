@@ -5,6 +5,19 @@ from torch import Tensor
 
 from workbench_kernels.tier import resolve
 
+MAX_WIDTH = 8_192  # the twin keeps a row in registers; the backward of a wider one spills
+MAX_ODD_WIDTH = 4_096
+
+
+def width_step(width: int) -> int:
+    """What the twin's widths are multiples of: a wide row that vector loads cannot read makes the backward spill."""
+    return 1 if width <= MAX_ODD_WIDTH else 16
+
+
+def fits_twin(width: int) -> bool:
+    """Whether the Triton twin takes rows of `width` numbers."""
+    return width <= MAX_WIDTH and width % width_step(width) == 0
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Tensor:
     """`weight * (x / sqrt(mean(x ** 2) + eps))` over the last axis.
@@ -27,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Te
         raise ValueError(f"x {list(x.shape)} must be [..., D] and weight {list(weight.shape)} [D] with D > 0")
     if x.dtype != weight.dtype or not x.is_floating_point():
         raise ValueError(f"x ({x.dtype}) and weight ({weight.dtype}) must have one floating dtype")
-    tier = resolve("rms_norm", impl, x.device, x.dtype)
+    tier = resolve("rms_norm", impl, x.device, x.dtype, fits=fits_twin(x.shape[-1]))
     if tier == "reference":
         return reference(x, weight, eps)
     return _rms_norm(x, weight, eps, tier == "fused")[0]

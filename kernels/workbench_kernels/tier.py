@@ -11,11 +11,12 @@ FUSED_OPS = frozenset({"rms_norm"})  # ops with a Triton twin in fused/
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def resolve(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Tier:
+def resolve(op: str, impl: str, device: torch.device, dtype: torch.dtype, *, fits: bool = True) -> Tier:
     """Turn the caller's `impl` into the form of `op` that runs on `device`.
 
     `auto` is the fast torch form on a CPU; elsewhere the Triton twin, and the definition where there can be none: of an
-    op that has no twin yet, in a dtype that twins do not take, or on a system without Triton.
+    op that has no twin yet, in a dtype that twins do not take, of sizes that this twin does not take (`fits=False`), or
+    on a system without Triton.
     `reference` is the definition anywhere; `fused` is the Triton twin, on a CPU only inside Triton's interpreter.
 
     Raises:
@@ -27,7 +28,7 @@ def resolve(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Tie
         return "reference"
     if impl == "auto" and device.type == "cpu":
         return "torch"
-    has_twin = op in FUSED_OPS and dtype in FUSED_DTYPES and find_spec("triton") is not None
+    has_twin = op in FUSED_OPS and dtype in FUSED_DTYPES and fits and find_spec("triton") is not None
     if impl == "auto" and not (has_twin and device.type == "cuda"):
         return "reference"
     if op not in FUSED_OPS:

@@ -27,10 +27,11 @@ def document_routing(
     documents_per_corpus: int = 32,
     tokens_per_document: int = 1024,
     sequence_length: int = 256,
+    seed: int = 0,
 ) -> DocumentRouting:
     """Where the experts of `decoder` send the validation documents of `text`.
 
-    Of each corpus `documents_per_corpus` documents are read, the same ones for every model, each up to
+    Of each corpus `documents_per_corpus` documents are read, drawn by `seed`, the same ones for every model, each up to
     `tokens_per_document` tokens in sequences of `sequence_length` that start afresh. A prediction depth k covers all
     but the last k tokens of a sequence; sequences too short for the deepest are left out.
 
@@ -60,7 +61,7 @@ def document_routing(
     for corpus in text.names:
         documents = text.validation_documents(corpus)
         before = len(labels)
-        for index in np.random.default_rng(0).permutation(len(documents)):
+        for index in np.random.default_rng(seed).permutation(len(documents)):
             if len(labels) - before == documents_per_corpus:
                 break
             tokens = torch.from_numpy(text.tokenizer.encode(documents[index].text)[:tokens_per_document]).long()

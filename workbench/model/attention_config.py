@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from workbench.field_types import require_types
 from workbench.model.require import require, require_positive
 
 
@@ -29,6 +30,7 @@ class Yarn:
     truncate: bool = True
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(self, "original_max_position_embeddings")
         require(self.factor >= 1, f"factor={self.factor} must be at least 1")
         require(
@@ -50,6 +52,7 @@ class Llama3Scaling:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(self, "original_max_position_embeddings")
         require(self.factor >= 1, f"factor={self.factor} must be at least 1")
         require(
@@ -68,6 +71,7 @@ class Rope:
     scaling: Yarn | Llama3Scaling | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1")
 
 
@@ -92,6 +96,7 @@ class GroupedQueryAttention:
     sinks: bool = False
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(self, "num_attention_heads", "num_key_value_heads", "head_dim")
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -130,6 +135,7 @@ class LatentAttention:
     rope: Rope = Rope(rope_interleave=True)
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(
             self, "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
         )
@@ -151,6 +157,7 @@ class SparseLatentAttention:
     index_topk: int
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(self, "index_n_heads", "index_head_dim", "index_topk")
         require(self.latent.q_lora_rank is not None, "q_lora_rank=None: the indexer reads the compressed query")
         require(
@@ -177,6 +184,7 @@ class HeavyCompression:
     compress_ratio: int
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(self, "compress_ratio")
 
 
@@ -190,6 +198,7 @@ class SparseCompression:
     index_topk: int
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(self, "compress_ratio", "index_n_heads", "index_head_dim", "index_topk")
 
 
@@ -212,6 +221,7 @@ class CompressedAttention:
     rope: Rope = Rope(rope_interleave=True)
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(
             self,
             "num_attention_heads",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workbench.field_types import require_types
 from workbench.model.attention_config import Attention as Attention
 from workbench.model.attention_config import CompressedAttention as CompressedAttention
 from workbench.model.attention_config import GroupedQueryAttention as GroupedQueryAttention
@@ -34,6 +35,9 @@ class LayerConfig:
     attention: Attention
     feed_forward: FeedForward
 
+    def __post_init__(self) -> None:
+        require_types(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HyperConnections:
@@ -47,6 +51,7 @@ class HyperConnections:
     hc_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(self, "hc_mult", "hc_sinkhorn_iters")
         require(self.hc_eps > 0, f"hc_eps={self.hc_eps} must be above 0")
 
@@ -69,6 +74,7 @@ class ModelConfig:
     hyper_connections: HyperConnections | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
         require(len(self.layers) > 0, "layers=() must hold at least one layer")
         require(self.rms_norm_eps > 0, f"rms_norm_eps={self.rms_norm_eps} must be above 0")

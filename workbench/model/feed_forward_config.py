@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from workbench.field_types import require_types
 from workbench.model.require import require, require_positive
 
 ScoringFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -23,6 +24,7 @@ class ClampedActivation:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(self.limit > 0, f"limit={self.limit} must be above 0")
 
 
@@ -33,6 +35,7 @@ class DenseFeedForward:
     intermediate_size: int
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(self, "intermediate_size")
 
 
@@ -61,19 +64,11 @@ class MixtureOfExperts:
     expert_bias: bool = False
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive(
             self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"
         )
-        require(
-            type(self.n_shared_experts) is int and self.n_shared_experts >= 0,
-            f"n_shared_experts={self.n_shared_experts!r} must be a whole number, 0 or more",
-        )
-        for name, allowed in (
-            ("scoring_func", get_args(ScoringFunction)),
-            ("topk_method", get_args(TopKMethod)),
-        ):
-            value = getattr(self, name)
-            require(value in allowed, f"{name}={value!r} must be one of {', '.join(allowed)}")
+        require(self.n_shared_experts >= 0, f"n_shared_experts={self.n_shared_experts} must be 0 or more")
         require(
             self.n_routed_experts % self.n_group == 0,
             f"n_group={self.n_group} must divide n_routed_experts={self.n_routed_experts}",

@@ -10,6 +10,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from workbench.field_types import require_types
 from workbench.text.cache import Cache
 from workbench.text.tokenizer import Tokenizer, TokenizerSpec
 
@@ -30,6 +31,7 @@ class BytePairs(TokenizerSpec):
     vocab_size: int = 4096
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.vocab_size <= _NUM_BYTES:
             raise ValueError(
                 f"vocab_size={self.vocab_size} must be at least {_NUM_BYTES + 1}: 256 bytes and a separator"

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from workbench.field_types import require_types
 from workbench.text.corpus import Corpus, Document
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -42,6 +43,7 @@ class Files(Corpus):
     field: str | None = None
 
     def __post_init__(self) -> None:
+        require_types(self)
         if not self.path:
             raise ValueError("Files path='' must name a file or a folder")
 

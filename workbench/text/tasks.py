@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from workbench.field_types import require_types
 from workbench.text.corpus import Corpus, Document
 from workbench.text.order import generator
 
@@ -28,6 +29,7 @@ class CopyTask(Corpus):
     alphabet_size: int = 26
 
     def __post_init__(self) -> None:
+        require_types(self)
         _check_sizes(self.num_documents, length=self.length)
         _check_alphabet(self.alphabet_size)
 
@@ -57,6 +59,7 @@ class InductionTask(Corpus):
     num_capitals: int = 6
 
     def __post_init__(self) -> None:
+        require_types(self)
         _check_sizes(self.num_documents, num_pairs=self.num_pairs)
         if not 1 <= self.num_capitals <= len(_UPPER):
             raise ValueError(f"num_capitals={self.num_capitals} must lie in 1..{len(_UPPER)}")
@@ -86,6 +89,7 @@ class ModularArithmeticTask(Corpus):
     num_documents: int = 8192
 
     def __post_init__(self) -> None:
+        require_types(self)
         if self.modulus < 2:
             raise ValueError(f"modulus={self.modulus} must be at least 2")
         _check_sizes(self.num_documents)
@@ -119,6 +123,7 @@ class MarkovTask(Corpus):
     concentration: float = 0.5
 
     def __post_init__(self) -> None:
+        require_types(self)
         _check_sizes(self.num_documents, length=self.length)
         _check_alphabet(self.alphabet_size)
         if not 0.01 <= self.concentration <= 1e6:

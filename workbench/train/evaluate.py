@@ -112,6 +112,11 @@ def write_sample(decoder: Decoder, exam: Examination, recipe: Recipe, step: int)
     room = recipe.model.max_position_embeddings - len(kept)
     prompt = torch.from_numpy(kept).long()[None].to(recipe.device)
     generation = generate(
-        decoder, prompt, min(recipe.sample_tokens, room), temperature=0.8, top_p=0.95, seed=recipe.seed + step
+        decoder,
+        prompt,
+        min(recipe.sample_tokens, room),
+        temperature=recipe.sample_temperature,
+        top_p=recipe.sample_top_p,
+        seed=recipe.seed + step,
     )
     return exam.tokenizer.decode(generation.tokens[0].cpu().numpy())

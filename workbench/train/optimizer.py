@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from workbench.field_types import require_types
 from workbench.model.config import require
 
 
@@ -25,6 +26,7 @@ class AdamW:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(
             0 < self.learning_rate < float("inf"),
             f"learning_rate={self.learning_rate} must be a positive finite number",

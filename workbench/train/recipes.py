@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from workbench.field_types import require_types
 from workbench.model.codec import from_plain, to_plain
 from workbench.model.config import (
     DenseFeedForward,
@@ -37,8 +38,8 @@ class AuxiliaryLoss:
     per: Literal["batch", "sequence"] = "batch"
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(self.coefficient > 0, f"coefficient={self.coefficient} must be above 0 (NoBalance leaves it out)")
-        require(self.per in ("batch", "sequence"), f"per={self.per!r} must be one of batch, sequence")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class LossFreeBias:
     sequence_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(0 <= self.speed < float("inf"), f"speed={self.speed} must be 0 or a positive finite number")
         require(self.sequence_coefficient >= 0, f"sequence_coefficient={self.sequence_coefficient} must be 0 or more")
 
@@ -85,12 +87,19 @@ class Recipe:
     checkpoint_every: int = 200
     sample_prompt: str = "def "
     sample_tokens: int = 120
+    sample_temperature: float = 0.8
+    sample_top_p: float = 0.95
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     num_threads: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require(
+            isinstance(self.text, Mixture),
+            f"text={self.text!r} must be a Mixture; one corpus alone is Mixture({{corpus: 1}})",
+        )
+        require_types(self)
         require_positive(
             self,
             "sequence_length",
@@ -108,23 +117,17 @@ class Recipe:
         )
         require(self.mtp_weight >= 0, f"mtp_weight={self.mtp_weight} must be 0 or more")
         require(self.z_weight >= 0, f"z_weight={self.z_weight} must be 0 or more")
+        require(self.sample_temperature >= 0, f"sample_temperature={self.sample_temperature} must be 0 or more")
+        require(0 < self.sample_top_p <= 1, f"sample_top_p={self.sample_top_p} must lie in (0, 1]")
         require(self.sample_tokens >= 0, f"sample_tokens={self.sample_tokens} must be 0 or more")
-        require(self.dtype in ("float32", "bfloat16"), f"dtype={self.dtype!r} must be one of float32, bfloat16")
-        require(
-            type(self.seed) is int and 0 <= self.seed < 2**63,
-            f"seed={self.seed!r} must be a whole number in 0..2**63-1",
-        )
+        require(0 <= self.seed < 2**63, f"seed={self.seed} must be a whole number in 0..2**63-1")
         require(
             self.sample_tokens == 0 or self.sample_prompt != "",
             "sample_prompt='' must hold text (or sample_tokens be 0)",
         )
         require(
-            self.num_threads is None or (type(self.num_threads) is int and self.num_threads > 0),
-            f"num_threads={self.num_threads!r} must be a whole number above 0, or None",
-        )
-        require(
-            isinstance(self.text, Mixture),
-            f"text={self.text!r} must be a Mixture; one corpus alone is Mixture({{corpus: 1}})",
+            self.num_threads is None or self.num_threads > 0,
+            f"num_threads={self.num_threads} must be a whole number above 0, or None",
         )
         counts = {experts.n_routed_experts for _, experts in self.model.expert_layers()}
         require(

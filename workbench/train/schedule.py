@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from workbench.field_types import require_types
 from workbench.model.config import require
 
 
@@ -16,6 +17,7 @@ class WarmupCosine:
     final_fraction: float = 0.1
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be 0 or more")
         require(0 <= self.final_fraction <= 1, f"final_fraction={self.final_fraction} must lie in 0..1")
 
@@ -39,6 +41,7 @@ class WarmupStableDecay:
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be 0 or more")
         require(self.decay_steps >= 0, f"decay_steps={self.decay_steps} must be 0 or more")
         require(0 <= self.final_fraction <= 1, f"final_fraction={self.final_fraction} must lie in 0..1")

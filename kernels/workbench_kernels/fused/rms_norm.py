@@ -9,9 +9,8 @@ from torch import Tensor
 
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.rms_norm import MAX_ODD_WIDTH, MAX_WIDTH, fits_twin, width_step
 
-MAX_WIDTH = 8_192  # a row stays in registers; the backward of a wider one spills
-MAX_ODD_WIDTH = 4_096
 MIN_BLOCK_D = 128  # narrower rows share this tile: fewer kernels to compile and prove
 MAX_PARTIALS = 512  # first-stage sums of the weight's gradient; fixed, so that every GPU adds in the same order
 
@@ -79,7 +78,7 @@ def cases() -> list[Case]:
     block_d = MIN_BLOCK_D
     widths = []
     while block_d <= MAX_WIDTH:
-        widths += [block_d - _step(block_d), block_d]
+        widths += [block_d - width_step(block_d), block_d]
         block_d *= 2
     for width in widths:
         for kernel, launch, arguments in (
@@ -96,15 +95,10 @@ def cases() -> list[Case]:
     return found
 
 
-def _step(width: int) -> int:
-    """Widths come in multiples of this: a wide row that vector loads cannot read makes the backward spill."""
-    return 1 if width <= MAX_ODD_WIDTH else 16
-
-
 def _check(x: Tensor) -> None:
     check_dtype(x.dtype)
     width = x.shape[1]
-    if width > MAX_WIDTH or width % _step(width):
+    if not fits_twin(width):
         raise ValueError(
             f"the fused rms_norm takes rows of up to {MAX_WIDTH} numbers, beyond {MAX_ODD_WIDTH} in multiples of 16, "
             f"not {width}"
