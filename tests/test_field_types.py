@@ -29,8 +29,8 @@ def given(good: Any, field: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("good", "field", "value", "words"),
     [
-        (MODEL, "layers", [LAYER], "=[LayerConfig(attention=LatentAttention(num_attention_heads=8, q_lora_rank=96, "
-         "kv_l... must be a tuple of LayerConfig"),
+        (MODEL, "layers", [LAYER], "=[LayerConfig(attention=LatentAttention(num_attention_heads=8, q_lora_rank=96,"
+         "... must be a tuple of LayerConfig"),
         (MODEL, "layers", (1,), "=(1,) must be a tuple of LayerConfig"),
         (MODEL, "hidden_size", True, "=True must be a whole number"),
         (MODEL, "tie_word_embeddings", 1, "=1 must be True or False"),
