@@ -21,8 +21,9 @@ from workbench.model.config import (
     Yarn,
 )
 from workbench.model.decoder import Decoder
-from workbench.model.generate import generate, nucleus
+from workbench.model.generate import generate
 from workbench.model.initial import initialize
+from workbench.model.sampling import distribution
 from workbench.train.recipes import small_v3, toy_v3
 
 LATENT = LatentAttention(
@@ -211,10 +212,10 @@ def test_sampling_repeats_by_seed_and_leaves_the_global_generator_alone() -> Non
 
 def test_nucleus_by_hand() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    torch.testing.assert_close(nucleus(logits, temperature=1.0, top_p=0.6), torch.tensor([[0.625, 0.375, 0, 0]]))
-    torch.testing.assert_close(nucleus(logits, temperature=1.0, top_p=0.5), torch.tensor([[1.0, 0, 0, 0]]))
-    torch.testing.assert_close(nucleus(logits, temperature=1.0, top_p=1.0), logits.exp())
-    colder = nucleus(logits, temperature=0.5, top_p=1.0)
+    torch.testing.assert_close(distribution(logits, temperature=1.0, top_p=0.6), torch.tensor([[0.625, 0.375, 0, 0]]))
+    torch.testing.assert_close(distribution(logits, temperature=1.0, top_p=0.5), torch.tensor([[1.0, 0, 0, 0]]))
+    torch.testing.assert_close(distribution(logits, temperature=1.0, top_p=1.0), logits.exp())
+    colder = distribution(logits, temperature=0.5, top_p=1.0)
     torch.testing.assert_close(colder, logits.exp() ** 2 / (logits.exp() ** 2).sum())
 
 
@@ -224,6 +225,7 @@ def test_nucleus_by_hand() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be above 0"),
         ({"temperature": -1.0}, "temperature=-1.0 must be 0 or more"),
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+        ({"prefill_chunk": 0}, "prefill_chunk=0 must be above 0"),
     ],
 )
 def test_bad_generation_settings_get_one_line(arguments: dict, message: str) -> None:

@@ -42,6 +42,10 @@ class KeyValueCache:
         self.length = end
         return self.key[:, :end].to(key.dtype), self.value[:, :end].to(value.dtype)
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = _kept_of(length, self.length)
+
     @property
     def nbytes(self) -> int:
         """Bytes that the tensors occupy."""
@@ -81,10 +85,20 @@ class LatentCache:
         self.length = end
         return self.latent[:, :end].to(latent.dtype), self.key_rope[:, :end].to(key_rope.dtype)
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = _kept_of(length, self.length)
+
     @property
     def nbytes(self) -> int:
         """Bytes that the tensors occupy."""
         return self.latent.nbytes + self.key_rope.nbytes
+
+
+def _kept_of(length: int, kept: int) -> int:
+    if not 0 <= length <= kept:
+        raise ValueError(f"length={length} must lie in 0..{kept} (tokens kept)")
+    return length
 
 
 def _room_for(new: Tensor, kept: Tensor, length: int) -> int:

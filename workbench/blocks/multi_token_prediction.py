@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from workbench.blocks.cache import KeyValueCache, LatentCache
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation
+from workbench.blocks.sparse_latent_attention import SparseLatentCache
 from workbench.blocks.transformer_layer import LayerOutput, TransformerLayer
 
 
@@ -29,7 +31,13 @@ class MultiTokenPrediction(nn.Module):
         self.layer = layer
         self.norm = RMSNorm(hidden_size, eps=eps)
 
-    def forward(self, hidden: Float[Tensor, "B T D"], embedding: Float[Tensor, "B T D"], turn: Rotation) -> LayerOutput:
+    def forward(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        embedding: Float[Tensor, "B T D"],
+        turn: Rotation,
+        cache: KeyValueCache | LatentCache | SparseLatentCache | None = None,
+    ) -> LayerOutput:
         joined_BTD = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
-        output = self.layer(joined_BTD, turn)
+        output = self.layer(joined_BTD, turn, cache)
         return LayerOutput(self.norm(output.hidden), output.routing)

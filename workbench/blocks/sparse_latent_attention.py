@@ -188,6 +188,10 @@ class SparseLatentCache:
         """Tokens kept so far."""
         return self.latents.length
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.latents.truncate(length)
+
     def append(
         self, latent: Float[Tensor, "B T C"], key_rope: Float[Tensor, "B T R"], index_key: Float[Tensor, "B T K"]
     ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"], Float[Tensor, "B S K"]]:

@@ -14,7 +14,7 @@ from workbench.blocks.rope import Rotation, rotation
 from workbench.blocks.router import Routing
 from workbench.model import config as spec
 from workbench.model.build import build_layer
-from workbench.model.decoder_cache import DecoderCache, build_cache
+from workbench.model.decoder_cache import DecoderCache, LayerCache, build_cache
 from workbench.model.initial import initialize
 from workbench.model.rotary import rotary_frequencies, rotation_scale
 
@@ -120,11 +120,22 @@ class Decoder(nn.Module):
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> DecoderCache:
         """An empty cache for `max_length` tokens of `batch_size` sequences, on the model's device.
 
+        It holds what the main model's layers keep; `new_mtp_caches` makes those of the prediction depths.
+
         Raises:
             ValueError: a size is not above 0.
         """
+        return DecoderCache(self._caches(self.config.layers, batch_size, max_length, dtype))
+
+    def new_mtp_caches(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> list[LayerCache]:
+        """An empty cache for every prediction depth; see `new_cache`."""
+        return self._caches(self.config.mtp_layers, batch_size, max_length, dtype)
+
+    def _caches(
+        self, layers: tuple[spec.LayerConfig, ...], batch_size: int, max_length: int, dtype: torch.dtype | None
+    ) -> list[LayerCache]:
         spec.require(batch_size > 0, f"batch_size={batch_size} must be above 0")
         spec.require(max_length > 0, f"max_length={max_length} must be above 0")
         weight = self.embed_tokens.weight
         place = {"dtype": dtype or weight.dtype, "device": weight.device}
-        return DecoderCache([build_cache(x.attention, batch_size, max_length, **place) for x in self.config.layers])
+        return [build_cache(layer.attention, batch_size, max_length, **place) for layer in layers]

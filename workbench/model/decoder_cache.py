@@ -8,17 +8,24 @@ from workbench.blocks.cache import KeyValueCache, LatentCache
 from workbench.blocks.sparse_latent_attention import SparseLatentCache
 from workbench.model import config as spec
 
+LayerCache = KeyValueCache | LatentCache | SparseLatentCache
+
 
 class DecoderCache:
     """One cache per layer of the main model; `length` tokens are kept so far."""
 
-    def __init__(self, layers: list[KeyValueCache | LatentCache | SparseLatentCache]) -> None:
+    def __init__(self, layers: list[LayerCache]) -> None:
         self.layers = layers
 
     @property
     def length(self) -> int:
         """Tokens kept so far."""
         return self.layers[0].length
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        for layer in self.layers:
+            layer.truncate(length)
 
     @property
     def nbytes(self) -> int:
@@ -33,7 +40,7 @@ def build_cache(
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> KeyValueCache | LatentCache | SparseLatentCache:
+) -> LayerCache:
     """The cache that an attention specification needs."""
     match attention:
         case spec.GroupedQueryAttention():
