@@ -321,6 +321,8 @@ def test_the_decoder_of_a_run_is_that_of_its_newest_checkpoint(killed):
         expected = TrainState.from_parts(recipe(), tensors, values).decoder(tokens).logits
         assert torch.equal(live.decoder(killed)(tokens).logits, expected)
         assert not torch.equal(live.decoder(killed, step=0)(tokens).logits, expected)
+    _, kept, _ = checkpoint.load(killed, prefixes=("parameter.", "buffer."))
+    assert kept.keys() == {name for name in tensors if not name.startswith("exp_avg")} != tensors.keys()
 
 
 def test_a_run_that_trains_elsewhere_is_refused(orphan, text):

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from workbench.record.checkpoint_folders import (
     FOLDER_NAME,
@@ -80,8 +80,12 @@ def latest(folder: str | Path) -> int | None:
     return max(steps(Path(folder)), default=None)
 
 
-def load(folder: str | Path, step: int | None = None) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]]:
+def load(
+    folder: str | Path, step: int | None = None, *, prefixes: tuple[str, ...] = ("",)
+) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]]:
     """Step, tensors (on the CPU) and values of the newest checkpoint, or of that of `step`, after verifying every byte.
+
+    Only tensors whose name begins with one of `prefixes` are loaded.
 
     Raises:
         ValueError: there is no such checkpoint or it is damaged; the line says how, and which others there are. Another
@@ -99,7 +103,9 @@ def load(folder: str | Path, step: int | None = None) -> tuple[int, dict[str, to
     damage = _damage(path, step)
     if damage is not None:
         raise ValueError(f"the checkpoint {path} is damaged: {damage}; checkpoints of other steps: {others}")
-    return step, load_file(path / _TENSORS), loads((path / _VALUES).read_bytes())
+    with safe_open(path / _TENSORS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
+    return step, tensors, loads((path / _VALUES).read_bytes())
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
