@@ -36,7 +36,7 @@ class KeyValueCache:
         self, key: Float[Tensor, "B T G K"], value: Float[Tensor, "B T G K"]
     ) -> tuple[Float[Tensor, "B S G K"], Float[Tensor, "B S G K"]]:
         """Store the keys and values of the next T tokens; returns those of all tokens so far."""
-        end = _room_for(key, self.key, self.length)
+        end = room_for(key, self.key, self.length)
         self.key[:, self.length : end] = key
         self.value[:, self.length : end] = value
         self.length = end
@@ -44,7 +44,7 @@ class KeyValueCache:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        self.length = _kept_of(length, self.length)
+        self.length = kept_of(length, self.length)
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +79,7 @@ class LatentCache:
         self, latent: Float[Tensor, "B T C"], key_rope: Float[Tensor, "B T R"]
     ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"]]:
         """Store latent and shared key of the next T tokens; returns those of all tokens so far."""
-        end = _room_for(latent, self.latent, self.length)
+        end = room_for(latent, self.latent, self.length)
         self.latent[:, self.length : end] = latent
         self.key_rope[:, self.length : end] = key_rope
         self.length = end
@@ -87,7 +87,7 @@ class LatentCache:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        self.length = _kept_of(length, self.length)
+        self.length = kept_of(length, self.length)
 
     @property
     def nbytes(self) -> int:
@@ -95,13 +95,14 @@ class LatentCache:
         return self.latent.nbytes + self.key_rope.nbytes
 
 
-def _kept_of(length: int, kept: int) -> int:
+def kept_of(length: int, kept: int) -> int:
+    """`length`, unless more than the `kept` tokens should be kept."""
     if not 0 <= length <= kept:
         raise ValueError(f"length={length} must lie in 0..{kept} (tokens kept)")
     return length
 
 
-def _room_for(new: Tensor, kept: Tensor, length: int) -> int:
+def room_for(new: Tensor, kept: Tensor, length: int) -> int:
     """The length after appending `new` along axis 1."""
     end = length + new.shape[1]
     if end > kept.shape[1]:

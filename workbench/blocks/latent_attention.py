@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.blocks.cache import LatentCache
+from workbench.blocks.float8_latent_cache import Float8LatentCache
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation
 from workbench_kernels.causal_attention import causal_attention, visible
@@ -90,7 +91,7 @@ class LatentAttention(LatentProjections):
     """Causal attention whose cache holds the latent and one shared positional key instead of keys and values."""
 
     def forward(
-        self, x: Float[Tensor, "B T D"], turn: Rotation, cache: LatentCache | None = None
+        self, x: Float[Tensor, "B T D"], turn: Rotation, cache: LatentCache | Float8LatentCache | None = None
     ) -> Float[Tensor, "B T D"]:
         query = self.query(self.compressed_query(x), turn)
         latent_BSC, key_rope_BSR = self.latent(x, turn)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.blocks.cache import KeyValueCache, LatentCache
+from workbench.blocks.float8_latent_cache import Float8LatentCache
 from workbench.blocks.mixture_of_experts import MixtureOfExperts
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation
@@ -39,7 +40,7 @@ class TransformerLayer(nn.Module):
         self,
         hidden: Float[Tensor, "B T D"],
         turn: Rotation,
-        cache: KeyValueCache | LatentCache | SparseLatentCache | None = None,
+        cache: KeyValueCache | LatentCache | Float8LatentCache | SparseLatentCache | None = None,
     ) -> LayerOutput:
         attended = self.self_attn(self.input_layernorm(hidden), turn, cache)
         hidden = hidden + (attended.hidden if isinstance(attended, SparseAttention) else attended)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from workbench.blocks.cache import KeyValueCache, LatentCache
+from workbench.blocks.float8_latent_cache import Float8LatentCache
 from workbench.blocks.sparse_latent_attention import SparseLatentCache
 from workbench.model import config as spec
 
-LayerCache = KeyValueCache | LatentCache | SparseLatentCache
+LayerCache = KeyValueCache | LatentCache | Float8LatentCache | SparseLatentCache
 
 
 class DecoderCache:
@@ -42,7 +43,20 @@ def build_cache(
     device: torch.device,
 ) -> LayerCache:
     """The cache that an attention specification needs."""
+    narrow = dtype == torch.float8_e4m3fn
+    spec.require(
+        not narrow or isinstance(attention, spec.LatentAttention),
+        f"dtype=float8_e4m3fn is for LatentAttention; {type(attention).__name__} has no such cache",
+    )
     match attention:
+        case spec.LatentAttention() if narrow:
+            return Float8LatentCache(
+                batch_size,
+                max_length,
+                kv_lora_rank=attention.kv_lora_rank,
+                qk_rope_head_dim=attention.qk_rope_head_dim,
+                device=device,
+            )
         case spec.GroupedQueryAttention():
             heads = attention.num_key_value_heads
             return KeyValueCache(

@@ -41,6 +41,7 @@ def generate(
     top_p: float = 1.0,
     speculate: bool = False,
     prefill_chunk: int = 512,
+    cache_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Generation:
     """Add `max_new_tokens` tokens to each sequence.
@@ -48,6 +49,8 @@ def generate(
     `temperature=0` takes the likeliest token. Otherwise tokens are drawn from the smallest set of likeliest tokens
     whose probability reaches `top_p`, by a generator of its own, so that the global one is left alone. The prompt is
     read in chunks of `prefill_chunk` tokens, which bounds the memory that attention over it takes.
+
+    The cache has the dtype of the model or `cache_dtype`, with `torch.float8_e4m3fn` for latents in FP8 beside scales.
 
     `speculate` lets the model's prediction depths draft, and the main model verify all drafts in one pass: tokens
     follow the same distribution, though not the same draws, in fewer passes. Sequences of a batch, of which each
@@ -65,7 +68,8 @@ def generate(
     room = decoder.config.max_position_embeddings - tokens.shape[1]
     require(max_new_tokens <= room, f"max_new_tokens={max_new_tokens} must lie in 1..{room} after this prompt")
     draws = torch.Generator(device=tokens.device).manual_seed(seed)
-    settings = {"temperature": temperature, "top_p": top_p, "prefill_chunk": prefill_chunk, "draws": draws}
+    settings = {"temperature": temperature, "top_p": top_p, "prefill_chunk": prefill_chunk}
+    settings |= {"cache_dtype": cache_dtype, "draws": draws}
     began = time.perf_counter()
     if not speculate:
         longer, cache_bytes = continue_plainly(decoder, tokens, max_new_tokens, **settings)
@@ -92,10 +96,11 @@ def continue_plainly(
     temperature: float,
     top_p: float,
     prefill_chunk: int,
+    cache_dtype: torch.dtype | None,
     draws: torch.Generator,
 ) -> tuple[Int[Tensor, "B _"], int]:
     """The sequences with one token per pass added, and the bytes of the cache."""
-    cache = decoder.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+    cache = decoder.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens, cache_dtype)
     *chunks, new_BT = tokens.split(prefill_chunk, dim=1)
     for chunk in chunks:
         decoder(chunk, cache)

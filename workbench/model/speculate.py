@@ -27,9 +27,9 @@ class Drafter:
     token is forgotten after the draft, and computed again from the token that came to stand.
     """
 
-    def __init__(self, decoder: Decoder, max_length: int) -> None:
+    def __init__(self, decoder: Decoder, max_length: int, cache_dtype: torch.dtype | None = None) -> None:
         self.decoder = decoder
-        self.caches = decoder.new_mtp_caches(1, max_length)
+        self.caches = decoder.new_mtp_caches(1, max_length, cache_dtype)
         # Entry 0 is the main model's, entry k that of depth k.
         empty_BTD = decoder.embed_tokens.weight.new_empty(1, 0, decoder.config.hidden_size)
         self.hidden = [empty_BTD] * (1 + len(self.caches))
@@ -88,11 +88,12 @@ def speculate(
     temperature: float,
     top_p: float,
     prefill_chunk: int,
+    cache_dtype: torch.dtype | None,
     draws: torch.Generator,
 ) -> Spoken:
     """Add `max_new_tokens` tokens to one sequence, distributed exactly as without drafts."""
     goal = tokens.shape[1] + max_new_tokens
-    cache, drafter = decoder.new_cache(1, goal), Drafter(decoder, goal)
+    cache, drafter = decoder.new_cache(1, goal, cache_dtype), Drafter(decoder, goal, cache_dtype)
     depths = len(drafter.caches)
     drafted_M, accepted_M = torch.zeros(depths, dtype=torch.int64), torch.zeros(depths, dtype=torch.int64)
     for chunk in tokens.split(prefill_chunk, dim=1):
