@@ -25,17 +25,22 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=toy_v3().steps)
     said = arguments.parse_args()
     text = load(toy_v3().text, toy_v3().tokenizer)
+    untrained: dict[int, DocumentRouting] = {}
     routing: dict[int, DocumentRouting] = {}
     for seed in range(said.seeds):
         recipe = replace(toy_v3(), seed=seed, steps=said.steps, num_threads=said.threads, sample_tokens=0)
         state = TrainState(recipe)
+        # Corpora use other letters, so even the first weights send them to other experts.
+        untrained[seed] = document_routing(state.decoder.eval(), text)
+        state.decoder.train()
         for _ in train(recipe, state, text):
             pass
         routing[seed] = document_routing(state.decoder.eval(), text)
         print(f"seed {seed}: {state.step} steps, last training loss {state.recent_losses[-1]:.3f} nats", flush=True)
     report = specialization_report(routing)
     print(report.frame.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
-    print(report.verdict)
+    print(f"before training: {specialization_report(untrained).verdict}")
+    print(f"after {said.steps} steps: {report.verdict}")
     print(f"torch {torch.__version__}, {said.threads} threads")
 
 
