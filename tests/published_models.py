@@ -99,12 +99,13 @@ def v4() -> ModelConfig:
         sliding_window=8,
     )
     stretched = Rope(rope_interleave=True, rope_theta=160000.0, scaling=V4_YARN)
-    sparse = SparseCompression(compress_ratio=4, index_n_heads=2, index_head_dim=8, index_topk=2)
+    # So many index heads that no two scores are both exactly zero: the reference leaves the order of ties open.
+    sparse = SparseCompression(compress_ratio=3, index_n_heads=13, index_head_dim=8, index_topk=2)
     hashed = replace(V4_EXPERTS, topk_method="hash")
     return model(
         LayerConfig(window, hashed),
         LayerConfig(replace(window, compression=sparse, rope=stretched), V4_EXPERTS),
-        LayerConfig(replace(window, compression=HeavyCompression(compress_ratio=128), rope=stretched), V4_EXPERTS),
+        LayerConfig(replace(window, compression=HeavyCompression(compress_ratio=5), rope=stretched), V4_EXPERTS),
         hyper_connections=HyperConnections(hc_mult=3, hc_sinkhorn_iters=7, hc_eps=1e-5),
     )
 
@@ -143,6 +144,7 @@ BUILT = {
     "glm4_moe": alike(grouped(qkv_bias=True, qk_norm="head", partial_rotary_factor=0.6), DENSE, BIASED),
     "dots1": alike(grouped(qk_norm="head"), DENSE, BIASED),
 }
+BUILT["deepseek_v4"] = v4()
 # Every published type.
 TYPES = {
     "llama": BUILT["llama 3.1"],
@@ -153,7 +155,7 @@ TYPES = {
     ),
     **{name: BUILT[name] for name in ("qwen2", "qwen3_moe", "olmoe", "glm4_moe", "dots1")},
     **{name: BUILT[name] for name in ("deepseek_v2", "deepseek_v3", "deepseek_v32")},
-    "deepseek_v4": v4(),
+    "deepseek_v4": BUILT["deepseek_v4"],
 }
 
 
@@ -169,8 +171,9 @@ def make(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
     for module in decoder.modules():
         if isinstance(module, RMSNorm):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-        if isinstance(bias := getattr(module, "bias", None), Tensor):
-            torch.nn.init.normal_(bias, std=0.3)
+        for name in ("bias", "sinks", "position_bias", "base", "hc_base", "gate_up_proj_bias", "down_proj_bias"):
+            if isinstance(bias := getattr(module, name, None), Tensor):
+                torch.nn.init.normal_(bias, std=0.3)
         if isinstance(module, Router) and id(module) in chooses:
             module.e_score_correction_bias.normal_(std=0.5)
     return decoder.to(dtype)

@@ -9,8 +9,9 @@ import torch
 from kernel_rules import ODD_SIZES, assert_obeys_rule, results
 from torch import Tensor
 
-from workbench_kernels import moe_mlp
-from workbench_kernels.moe_mlp import group_unit, reference, sort_by_expert
+from workbench_kernels import GatedActivation, moe_mlp
+from workbench_kernels.expert_order import group_unit, sort_by_expert
+from workbench_kernels.moe_mlp import reference
 
 
 def make(
@@ -57,6 +58,43 @@ def test_obeys_the_rule_with_float32_router_weights() -> None:
     assert_obeys_rule(moe_mlp, reference, make(60, 64, 32, torch.bfloat16, weights_dtype=torch.float32))
 
 
+CLAMPED = GatedActivation(limit=0.8, alpha=1.7, offset=1.0)
+
+
+def with_biases(op, activation=CLAMPED):
+    """The op with biases as two more tensors, and a clamp that many products of `make` reach."""
+    return lambda *tensors: op(*tensors[:5], b13=tensors[5], b2=tensors[6], activation=activation)
+
+
+def make_biased(*args, **kwargs) -> tuple[Tensor, ...]:
+    inputs = make(*args, **kwargs)
+    return (*inputs, *(torch.randn(matrix.shape[:2]).to(matrix.dtype) for matrix in inputs[1:3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width", "hidden"), [(1, 1, 1), (60, 60, 129), (150, 64, 32)])
+def test_obeys_the_rule_with_biases_and_a_clamp(tokens: int, width: int, hidden: int, dtype: torch.dtype) -> None:
+    assert_obeys_rule(with_biases(moe_mlp), with_biases(reference), make_biased(tokens, width, hidden, dtype, used=5))
+
+
+def test_obeys_the_rule_with_a_clamp_alone() -> None:
+    def op(kind, *tensors: Tensor) -> Tensor:
+        return kind(*tensors, activation=GatedActivation(limit=0.8))
+
+    inputs = make(60, 64, 32, torch.float32)
+    assert_obeys_rule(lambda *t: op(moe_mlp, *t), lambda *t: op(reference, *t), inputs)
+
+
+def test_a_clamped_case_by_hand() -> None:
+    """One expert: gate 1*4+1 = 5 is cut to 2, up 1*-9+1 = -8 to -2; then 2 * sigmoid(1.5*2) * (-2+1) * 10 + 3."""
+    x, w13, w2 = torch.tensor([[1.0]]), torch.tensor([[[4.0], [-9.0]]]), torch.tensor([[[10.0]]])
+    b13, b2 = torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0]])
+    activation = GatedActivation(limit=2.0, alpha=1.5, offset=1.0)
+    choice = (torch.tensor([[0]]), torch.tensor([[0.5]]))
+    found = moe_mlp(x, w13, w2, *choice, b13=b13, b2=b2, activation=activation)
+    torch.testing.assert_close(found, torch.tensor([[0.5 * (2 / (1 + math.exp(-3)) * -1 * 10 + 3)]]))
+
+
 def test_a_case_by_hand() -> None:
     x = torch.tensor([[1.0], [2.0]])
     w13 = torch.tensor([[[1.0], [3.0]], [[2.0], [5.0]]])  # gate, up of two experts
@@ -77,12 +115,16 @@ def test_a_case_by_hand() -> None:
 def test_gradients_of_an_unchosen_expert_are_exactly_zero(width: int, impl: str) -> None:
     x, w13, w2, indices, weights = make(12, width, width, torch.float32, experts=4, used=3)
     w13[3] = w2[3] = float("nan")
-    inputs = (x, w13, w2, indices, weights)
-    _, grad_x, grad_w13, grad_w2, _ = results(
-        lambda *tensors: moe_mlp(*tensors, impl=impl), inputs, torch.ones(12, width)
-    )
-    assert torch.equal(grad_w13[3], torch.zeros_like(grad_w13[3]))
-    assert torch.equal(grad_w2[3], torch.zeros_like(grad_w2[3]))
+    b13, b2 = torch.full((4, 2 * width), 0.1), torch.full((4, width), 0.1)
+    b13[3] = b2[3] = float("nan")
+
+    def op(*tensors: Tensor) -> Tensor:
+        return moe_mlp(*tensors[:5], b13=tensors[5], b2=tensors[6], impl=impl)
+
+    inputs = (x, w13, w2, indices, weights, b13, b2)
+    _, grad_x, *grads = results(op, inputs, torch.ones(12, width))
+    for grad in (grads[0], grads[1], grads[3], grads[4]):
+        assert torch.equal(grad[3], torch.zeros_like(grad[3]))
     assert grad_x.isfinite().all()
 
 
@@ -127,6 +169,12 @@ def test_gradients_by_finite_differences() -> None:
     x, w13, w2, indices, weights = make(5, 4, 3, torch.float64, experts=3)
     inputs = tuple(tensor.requires_grad_() for tensor in (x, w13, w2, weights))
     assert torch.autograd.gradcheck(lambda a, b, c, d: moe_mlp(a, b, c, indices, d), inputs)
+    biases = tuple(torch.randn(shape).double().requires_grad_() for shape in ((3, 6), (3, 4)))
+
+    def clamped(*tensors: Tensor) -> Tensor:
+        return with_biases(moe_mlp)(*tensors[:3], indices, *tensors[3:])
+
+    assert torch.autograd.gradcheck(clamped, (*inputs, *biases))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +183,9 @@ def test_gradients_by_finite_differences() -> None:
 def test_op_is_registered_correctly(tokens: int, width: int, dtype: torch.dtype) -> None:
     x, w13, w2, indices, weights = make(tokens, width, width, dtype, experts=4)
     inputs = tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in (x, w13, w2, indices, weights))
-    torch.library.opcheck(torch.ops.workbench_kernels.moe_mlp.default, inputs)
+    biases = tuple(tensor.to(dtype).requires_grad_() for tensor in (torch.randn(4, 2 * width), torch.randn(4, width)))
+    for rest in ((None, None, math.inf, 1.0, 0.0), (*biases, 0.7, 1.7, 1.0)):
+        torch.library.opcheck(torch.ops.workbench_kernels.moe_mlp.default, (*inputs, *rest))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -143,6 +193,10 @@ def test_compiles_as_one_graph() -> None:
     grad = torch.randn(12, 16)
     compiled = torch.compile(moe_mlp, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(results(compiled, inputs, grad), results(moe_mlp, inputs, grad), rtol=0, atol=0)
+    biased = make_biased(12, 16, 8, torch.float32)
+    compiled = torch.compile(with_biases(moe_mlp), backend="aot_eager", fullgraph=True)
+    expected = results(with_biases(moe_mlp), biased, grad)
+    torch.testing.assert_close(results(compiled, biased, grad), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +212,8 @@ def test_compiles_as_one_graph() -> None:
         ({"indices": torch.full((3, 2), -1)}, r"indices span -1\.\.-1"),
         ({"weights": torch.zeros(3, 3)}, r"weights \(torch.float32 \[3, 3\]\)"),
         ({"weights": torch.zeros(3, 2, dtype=torch.float64)}, "float64"),
+        ({"b13": torch.zeros(2, 4)}, r"b13 \(torch.float32 \[2, 4\]\) must be \[2, 8\] in torch.float32"),
+        ({"b2": torch.zeros(2, 4, dtype=torch.float64)}, r"b2 \(torch.float64 \[2, 4\]\) must be"),
         ({"impl": "fused"}, "moe_mlp has no fused tier yet"),
     ],
 )

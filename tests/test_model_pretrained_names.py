@@ -222,7 +222,7 @@ SAID: dict[str, dict[str, Any]] = {
     "deepseek_v32": {"index_n_heads": 13, "index_head_dim": 8, "index_topk": 3, "num_nextn_predict_layers": 0},
     "deepseek_v4": {
         "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
-        "compress_ratios": [0, 4, 128],
+        "compress_ratios": [0, 3, 5],
         "mlp_layer_types": ["hash_moe", "moe", "moe"],
         "index_topk": 2,
         "swiglu_limit": 9.0,

@@ -25,9 +25,9 @@ from torch import Tensor
 from workbench_kernels import causal_attention, grouped_mm, moe_mlp, rms_norm
 from workbench_kernels.causal_attention import flash
 from workbench_kernels.causal_attention import reference as causal_attention_reference
+from workbench_kernels.expert_order import sort_by_expert
 from workbench_kernels.grouped_mm import reference as grouped_mm_reference
 from workbench_kernels.moe_mlp import reference as moe_mlp_reference
-from workbench_kernels.moe_mlp import sort_by_expert
 from workbench_kernels.rms_norm import reference as rms_norm_reference
 from workbench_kernels.tier import FUSED_OPS
 

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from workbench.blocks.compressed_cache import CompressedCache
 from workbench.blocks.compressed_indexer import SparseCompressor
 from workbench.blocks.compressor import Entries, HeavyCompressor
+from workbench.blocks.keep_wide import KeepWide
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation
 from workbench.blocks.trailing_rope import backward, rotate_trailing
 from workbench.blocks.unit_norm import unit_rms
 
 
-class CompressedAttention(nn.Module):
+class CompressedAttention(KeepWide):
     """Causal attention to `sliding_window` tokens and to the entries of `compressor` (None: the window alone).
 
     One head is key and value for all query heads. Queries and that head are normalised and their last numbers turned,
@@ -28,6 +29,8 @@ class CompressedAttention(nn.Module):
 
     Source: DeepSeek-V4, arXiv 2606.19348, section 2.3.
     """
+
+    keep_wide = ("sinks",)
 
     def __init__(
         self,

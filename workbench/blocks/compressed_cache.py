@@ -150,6 +150,15 @@ class CompressedCache:
         self.length = end
         return joined_BSK
 
+    def truncate(self, length: int) -> None:
+        """Nothing can be forgotten: what left the window, or was pooled, is not kept.
+
+        Raises:
+            ValueError: `length` is not the number of tokens kept.
+        """
+        if length != self.length:
+            raise ValueError(f"a compressed cache of {self.length} tokens cannot go back to {length}")
+
     @property
     def nbytes(self) -> int:
         """Bytes that the tensors occupy."""

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from workbench.blocks.compressed_cache import PoolCache
+from workbench.blocks.keep_wide import KeepWide
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation
 from workbench.blocks.trailing_rope import rotate_trailing
@@ -28,7 +29,7 @@ class Entries(NamedTuple):
     scores: Float[Tensor, "B T S"] | None
 
 
-class Pool(nn.Module):
+class Pool(KeepWide):
     """Abstract: the pooling of tokens into entries, for compressors and the indexer.
 
     Entry i covers the `compress_ratio` tokens from i * compress_ratio on, and its last numbers turn as the first of
@@ -41,6 +42,8 @@ class Pool(nn.Module):
 
     Source: DeepSeek-V4, arXiv 2606.19348, sections 2.3.1 (with overlap) and 2.3.2 (without).
     """
+
+    keep_wide = ("position_bias",)
 
     def __init__(self, hidden_size: int, head_dim: int, *, compress_ratio: int, overlaps: bool, eps: float) -> None:
         super().__init__()

@@ -58,4 +58,5 @@ class HashRouter(nn.Module):
         if self.norm_topk_prob:
             weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
         load_E = torch.bincount(indices_NA.flatten(), minlength=scores_NE.shape[1])
-        return Routing(indices_NA, weights_NA * self.routed_scaling_factor, scores_NE, load_E)
+        # A table cannot be balanced: losses on the scores would only bend the weights.
+        return Routing(indices_NA, weights_NA * self.routed_scaling_factor, scores_NE.detach(), load_E)

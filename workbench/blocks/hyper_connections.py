@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from workbench.blocks.keep_wide import KeepWide
 from workbench.blocks.unit_norm import unit_rms
 
 
@@ -29,7 +30,7 @@ class Connection(NamedTuple):
     mixing: Float[Tensor, "B T O O"]
 
 
-class HyperConnection(nn.Module):
+class HyperConnection(KeepWide):
     """The connection of the streams to one sublayer, attention or feed-forward.
 
     One linear map of all streams together, normalised, gives 2Y + YY numbers: weights for reading, for writing, and
@@ -41,6 +42,8 @@ class HyperConnection(nn.Module):
 
     Source: arXiv 2512.24880, section 4; DeepSeek-V4, arXiv 2606.19348, section 2.2.
     """
+
+    keep_wide = ("fn", "base", "scale")
 
     def __init__(self, hidden_size: int, hc_mult: int, *, hc_sinkhorn_iters: int, hc_eps: float, eps: float) -> None:
         super().__init__()
@@ -67,11 +70,13 @@ class HyperConnection(nn.Module):
         return Connection(collapsed_BTD, 2 * post_BTO.sigmoid(), mixing_BTOO)
 
 
-class HyperHead(nn.Module):
+class HyperHead(KeepWide):
     """The weighted sum of the streams that the final norm reads; weights as for a sublayer.
 
     Source: DeepSeek-V4, arXiv 2606.19348, section 2.2.
     """
+
+    keep_wide = ("hc_fn", "hc_base", "hc_scale")
 
     def __init__(self, hidden_size: int, hc_mult: int, *, hc_eps: float, eps: float) -> None:
         super().__init__()

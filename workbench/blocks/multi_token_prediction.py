@@ -6,12 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.blocks.cache import KeyValueCache, LatentCache
-from workbench.blocks.float8_latent_cache import Float8LatentCache
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation
-from workbench.blocks.sparse_latent_attention import SparseLatentCache
-from workbench.blocks.transformer_layer import LayerOutput, TransformerLayer
+from workbench.blocks.transformer_layer import LayerCache, LayerOutput, TransformerLayer
 
 
 class MultiTokenPrediction(nn.Module):
@@ -37,7 +34,7 @@ class MultiTokenPrediction(nn.Module):
         hidden: Float[Tensor, "B T D"],
         embedding: Float[Tensor, "B T D"],
         turn: Rotation,
-        cache: KeyValueCache | LatentCache | Float8LatentCache | SparseLatentCache | None = None,
+        cache: LayerCache | None = None,
     ) -> LayerOutput:
         joined_BTD = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
         output = self.layer(joined_BTD, turn, cache)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.blocks.keep_wide import KeepWide
 from workbench.blocks.scoring import ScoringFunction, expert_scores
 
 
@@ -21,17 +22,19 @@ class Routing(NamedTuple):
     load: Int[Tensor, " E"]
 
 
-class Router(nn.Module):
+class Router(KeepWide):
     """Choose `num_experts_per_tok` of `n_routed_experts` experts for every token.
 
     The selection bias moves the choice and never the mixture: weights come from the unbiased scores. It is a buffer
-    that stays float32 or wider and takes no gradient; `balance.updated_bias` moves it. With groups, a token first
-    keeps `topk_group` of `n_group` groups: those with the best two experts (`group_score="top2"`, V3) or the best
-    single one (`"max"`, V2). All of this is computed in float32 or wider.
+    that stays float32 or wider and takes no gradient; `balance.updated_bias` moves it. `bias=True` adds a learned bias
+    to the logits, which is part of the scores (gpt-oss). With groups, a token first keeps `topk_group` of `n_group`
+    groups: those with the best two experts (`group_score="top2"`, V3) or the best single one (`"max"`, V2). All of this
+    is computed in float32 or wider.
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2; DeepSeek-V2, arXiv 2405.04434, section 2.2.
     """
 
+    keep_wide = ("e_score_correction_bias",)
     e_score_correction_bias: Tensor
 
     def __init__(
@@ -46,6 +49,7 @@ class Router(nn.Module):
         group_score: Literal["max", "top2"],
         norm_topk_prob: bool,
         routed_scaling_factor: float,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts_per_tok = num_experts_per_tok
@@ -56,11 +60,13 @@ class Router(nn.Module):
         self.norm_topk_prob = norm_topk_prob
         self.routed_scaling_factor = routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(n_routed_experts)) if bias else None
         self.register_buffer("e_score_correction_bias", torch.empty(n_routed_experts, dtype=torch.float32))
 
     def forward(self, x: Float[Tensor, "N D"]) -> Routing:
         wide = torch.promote_types(x.dtype, torch.float32)
-        scores_NE = expert_scores(F.linear(x.to(wide), self.weight.to(wide)), self.scoring_func)
+        bias_E = None if self.bias is None else self.bias.to(wide)
+        scores_NE = expert_scores(F.linear(x.to(wide), self.weight.to(wide), bias_E), self.scoring_func)
         indices_NA = self.choose(scores_NE.detach() + self.e_score_correction_bias)
         weights_NA = scores_NE.gather(1, indices_NA)
         if self.norm_topk_prob:
@@ -81,14 +87,6 @@ class Router(nn.Module):
         kept_NA = best(group_scores_NJ, self.topk_group)
         dropped_NJ = torch.ones_like(group_scores_NJ, dtype=torch.bool).scatter(1, kept_NA, False)
         return scores_NJI.masked_fill(dropped_NJ.unsqueeze(-1), -torch.inf).flatten(-2)
-
-    def _apply(self, fn, recurse=True):
-        """Keep the bias at float32 or wider when the module is cast."""
-        before = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        if self.e_score_correction_bias.dtype in (torch.bfloat16, torch.float16):
-            self.e_score_correction_bias = before.to(self.e_score_correction_bias.device)
-        return self
 
 
 def best(scores: Float[Tensor, "N E"], count: int) -> Int[Tensor, "N A"]:

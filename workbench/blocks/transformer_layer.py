@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.blocks.cache import KeyValueCache, LatentCache
+from workbench.blocks.compressed_cache import CompressedCache
 from workbench.blocks.float8_latent_cache import Float8LatentCache
 from workbench.blocks.mixture_of_experts import MixtureOfExperts
 from workbench.blocks.norm import RMSNorm
@@ -15,11 +16,13 @@ from workbench.blocks.rope import Rotation
 from workbench.blocks.router import Routing
 from workbench.blocks.sparse_latent_attention import SparseAttention, SparseLatentCache
 
+LayerCache = KeyValueCache | LatentCache | Float8LatentCache | SparseLatentCache | CompressedCache
+
 
 class LayerOutput(NamedTuple):
-    """The residual stream after a layer, and how its mixture routed (None without experts)."""
+    """The residual stream or streams after a layer, and how its mixture routed (None without experts)."""
 
-    hidden: Float[Tensor, "B T D"]
+    hidden: Float[Tensor, "B T *streams D"]
     routing: Routing | None
 
 
@@ -40,12 +43,23 @@ class TransformerLayer(nn.Module):
         self,
         hidden: Float[Tensor, "B T D"],
         turn: Rotation,
-        cache: KeyValueCache | LatentCache | Float8LatentCache | SparseLatentCache | None = None,
+        cache: LayerCache | None = None,
+        tokens: Int[Tensor, "B T"] | None = None,
     ) -> LayerOutput:
-        attended = self.self_attn(self.input_layernorm(hidden), turn, cache)
-        hidden = hidden + (attended.hidden if isinstance(attended, SparseAttention) else attended)
-        normed_BTD = self.post_attention_layernorm(hidden)
+        """`tokens` are the ids, which only a hash router reads."""
+        hidden = hidden + self.attend(hidden, turn, cache)
+        further_BTD, routing = self.feed(hidden, tokens)
+        return LayerOutput(hidden + further_BTD, routing)
+
+    def attend(self, x: Float[Tensor, "B T D"], turn: Rotation, cache: LayerCache | None) -> Float[Tensor, "B T D"]:
+        """What attention adds to the residual stream `x`."""
+        attended = self.self_attn(self.input_layernorm(x), turn, cache)
+        return attended.hidden if isinstance(attended, SparseAttention) else attended
+
+    def feed(self, x: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"] | None) -> LayerOutput:
+        """What the feed-forward adds to the residual stream `x`, and how it routed."""
+        normed_BTD = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MixtureOfExperts):
-            mixture = self.mlp(normed_BTD)
-            return LayerOutput(hidden + mixture.hidden, mixture.routing)
-        return LayerOutput(hidden + self.mlp(normed_BTD), None)
+            mixture = self.mlp(normed_BTD, tokens)
+            return LayerOutput(mixture.hidden, mixture.routing)
+        return LayerOutput(self.mlp(normed_BTD), None)

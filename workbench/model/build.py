@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from workbench.blocks.compressed_attention import CompressedAttention
+from workbench.blocks.compressed_indexer import SparseCompressor
+from workbench.blocks.compressor import HeavyCompressor
 from workbench.blocks.feed_forward import SwiGLU
 from workbench.blocks.grouped_query_attention import GroupedQueryAttention
+from workbench.blocks.hash_router import HashRouter
+from workbench.blocks.hyper_connected_layer import HyperConnectedLayer
+from workbench.blocks.hyper_connections import HyperConnection
 from workbench.blocks.latent_attention import LatentAttention
 from workbench.blocks.mixture_of_experts import MixtureOfExperts
 from workbench.blocks.rope import rotate_halves, rotate_interleaved
@@ -15,21 +21,42 @@ from workbench.blocks.sparse_latent_attention import SparseLatentAttention
 from workbench.blocks.transformer_layer import TransformerLayer
 from workbench.model import config as spec
 from workbench.model.rotary import softmax_sharpening
+from workbench_kernels.gated import SWIGLU, GatedActivation
 
 
-def build_layer(config: spec.ModelConfig, layer: spec.LayerConfig) -> TransformerLayer:
-    """The transformer layer that a layer specification describes."""
-    return TransformerLayer(
+def build_layer(
+    config: spec.ModelConfig, layer: spec.LayerConfig, streams: spec.HyperConnections | None = None
+) -> TransformerLayer:
+    """The layer that a layer specification describes, between several residual `streams` if it is told of them."""
+    parts: dict[str, Any] = {
+        "attention": build_attention(config.hidden_size, layer.attention, eps=config.rms_norm_eps),
+        "feed_forward": build_feed_forward(config.hidden_size, layer.feed_forward, vocab_size=config.vocab_size),
+        "eps": config.rms_norm_eps,
+    }
+    if streams is None:
+        return TransformerLayer(config.hidden_size, **parts)
+    return HyperConnectedLayer(
         config.hidden_size,
-        attention=build_attention(config.hidden_size, layer.attention, eps=config.rms_norm_eps),
-        feed_forward=build_feed_forward(config.hidden_size, layer.feed_forward),
+        attn_hc=build_connection(config, streams),
+        ffn_hc=build_connection(config, streams),
+        **parts,
+    )
+
+
+def build_connection(config: spec.ModelConfig, streams: spec.HyperConnections) -> HyperConnection:
+    """The connection of the streams to one sublayer."""
+    return HyperConnection(
+        config.hidden_size,
+        streams.hc_mult,
+        hc_sinkhorn_iters=streams.hc_sinkhorn_iters,
+        hc_eps=streams.hc_eps,
         eps=config.rms_norm_eps,
     )
 
 
 def build_attention(
     hidden_size: int, attention: spec.Attention, *, eps: float
-) -> GroupedQueryAttention | LatentAttention | SparseLatentAttention:
+) -> GroupedQueryAttention | LatentAttention | SparseLatentAttention | CompressedAttention:
     """The block that an attention specification describes; `eps` is that of the query and key norms.
 
     Raises:
@@ -66,7 +93,40 @@ def build_attention(
                 index_topk=attention.index_topk,
             )
         case spec.CompressedAttention():
-            raise ValueError("the decoder does not build CompressedAttention yet; its block can be used by itself")
+            return CompressedAttention(
+                hidden_size,
+                attention.num_attention_heads,
+                head_dim=attention.head_dim,
+                q_lora_rank=attention.q_lora_rank,
+                o_groups=attention.o_groups,
+                o_lora_rank=attention.o_lora_rank,
+                sliding_window=attention.sliding_window,
+                softmax_scale=attention.head_dim**-0.5,
+                compressor=build_compressor(hidden_size, attention, eps=eps),
+                eps=eps,
+            )
+
+
+def build_compressor(
+    hidden_size: int, attention: spec.CompressedAttention, *, eps: float
+) -> HeavyCompressor | SparseCompressor | None:
+    """What makes entries of the tokens before the window; None for the window alone."""
+    match attention.compression:
+        case spec.HeavyCompression(compress_ratio=ratio):
+            return HeavyCompressor(hidden_size, attention.head_dim, compress_ratio=ratio, eps=eps)
+        case spec.SparseCompression() as sparse:
+            return SparseCompressor(
+                hidden_size,
+                attention.head_dim,
+                q_lora_rank=attention.q_lora_rank,
+                compress_ratio=sparse.compress_ratio,
+                index_n_heads=sparse.index_n_heads,
+                index_head_dim=sparse.index_head_dim,
+                index_topk=sparse.index_topk,
+                eps=eps,
+            )
+        case None:
+            return None
 
 
 def latent_arguments(latent: spec.LatentAttention) -> dict[str, Any]:
@@ -93,29 +153,48 @@ def refuse_extras(part: spec.GroupedQueryAttention | spec.MixtureOfExperts, name
         )
 
 
-def build_feed_forward(hidden_size: int, feed_forward: spec.FeedForward) -> SwiGLU | MixtureOfExperts:
+def build_feed_forward(
+    hidden_size: int, feed_forward: spec.FeedForward, *, vocab_size: int
+) -> SwiGLU | MixtureOfExperts:
     """The block that a feed-forward specification describes."""
     match feed_forward:
         case spec.DenseFeedForward():
             return SwiGLU(hidden_size, feed_forward.intermediate_size)
         case spec.MixtureOfExperts():
-            refuse_extras(feed_forward, ("activation", "router_bias", "expert_bias"))
-            spec.require(feed_forward.topk_method != "hash", "the decoder does not build topk_method='hash' yet")
-            router = Router(
-                hidden_size,
-                feed_forward.n_routed_experts,
-                num_experts_per_tok=feed_forward.num_experts_per_tok,
-                scoring_func=feed_forward.scoring_func,
-                n_group=feed_forward.n_group,
-                topk_group=feed_forward.topk_group,
-                group_score="top2" if feed_forward.topk_method == "noaux_tc" else "max",
-                norm_topk_prob=feed_forward.norm_topk_prob,
-                routed_scaling_factor=feed_forward.routed_scaling_factor,
-            )
             return MixtureOfExperts(
                 hidden_size,
                 feed_forward.moe_intermediate_size,
                 n_routed_experts=feed_forward.n_routed_experts,
                 shared_intermediate_size=feed_forward.n_shared_experts * feed_forward.moe_intermediate_size,
-                router=router,
+                router=build_router(hidden_size, feed_forward, vocab_size=vocab_size),
+                expert_bias=feed_forward.expert_bias,
+                activation=build_activation(feed_forward.activation),
             )
+
+
+def build_activation(activation: spec.ClampedActivation | None) -> GatedActivation:
+    """What stands between an expert's two products."""
+    if activation is None:
+        return SWIGLU
+    return GatedActivation(activation.limit, activation.alpha, activation.offset)
+
+
+def build_router(hidden_size: int, experts: spec.MixtureOfExperts, *, vocab_size: int) -> Router | HashRouter:
+    """What chooses a token's experts: learned scores, or a table by the token's id."""
+    shared: dict[str, Any] = {
+        "num_experts_per_tok": experts.num_experts_per_tok,
+        "scoring_func": experts.scoring_func,
+        "norm_topk_prob": experts.norm_topk_prob,
+        "routed_scaling_factor": experts.routed_scaling_factor,
+    }
+    if experts.topk_method == "hash":
+        return HashRouter(hidden_size, experts.n_routed_experts, vocab_size=vocab_size, **shared)
+    return Router(
+        hidden_size,
+        experts.n_routed_experts,
+        n_group=experts.n_group,
+        topk_group=experts.topk_group,
+        group_score="top2" if experts.topk_method == "noaux_tc" else "max",
+        bias=experts.router_bias,
+        **shared,
+    )

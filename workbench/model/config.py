@@ -60,6 +60,8 @@ class HyperConnections:
 class ModelConfig:
     """A decoder: `layers` from the embedding up, then one `mtp_layers` entry per further predicted token.
 
+    With `hyper_connections` the layers stand between several residual streams; prediction layers have one.
+
     `rms_norm_eps` is that of the layer norms; the norms inside latent attention keep their own 1e-6, as published.
     """
 
@@ -77,6 +79,8 @@ class ModelConfig:
         require_types(self)
         require_positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
         require(len(self.layers) > 0, "layers=() must hold at least one layer")
+        hashed = [i for i, x in enumerate(self.mtp_layers) if getattr(x.feed_forward, "topk_method", None) == "hash"]
+        require(not hashed, f"mtp_layers{hashed[:1]} routes by token id; a prediction layer joins two tokens")
         require(self.rms_norm_eps > 0, f"rms_norm_eps={self.rms_norm_eps} must be above 0")
         require(self.initializer_range > 0, f"initializer_range={self.initializer_range} must be above 0")
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from workbench.blocks.hyper_connections import HyperHead
 from workbench.blocks.multi_token_prediction import MultiTokenPrediction
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation, rotation
@@ -42,10 +43,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config: spec.ModelConfig) -> None:
         super().__init__()
-        spec.require(config.hyper_connections is None, "the decoder does not build hyper_connections yet")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(build_layer(config, layer) for layer in config.layers)
+        self.layers = nn.ModuleList(build_layer(config, layer, config.hyper_connections) for layer in config.layers)
+        self.hc_head = None
+        if config.hyper_connections is not None:
+            mult, hc_eps = config.hyper_connections.hc_mult, config.hyper_connections.hc_eps
+            self.hc_head = HyperHead(config.hidden_size, mult, hc_eps=hc_eps, eps=config.rms_norm_eps)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -75,13 +79,15 @@ class Decoder(nn.Module):
         last, window = first + tokens.shape[1], self.config.max_position_embeddings
         spec.require(last <= window, f"{last} tokens are more than max_position_embeddings={window}")
         turns = self.rotations(torch.arange(first, last, device=tokens.device))
-        hidden_BTD = self.embed_tokens(tokens)
+        hidden = self.embed_tokens(tokens)
+        if self.config.hyper_connections is not None:  # every stream begins as the embedding
+            hidden = hidden.unsqueeze(2).expand(-1, -1, self.config.hyper_connections.hc_mult, -1)
         routing: list[Routing | None] = []
         caches = [None] * len(self.layers) if cache is None else cache.layers
         for layer, layer_spec, kept in zip(self.layers, self.config.layers, caches, strict=True):
-            hidden_BTD, layer_routing = layer(hidden_BTD, turns[layer_spec.attention], kept)
+            hidden, layer_routing = layer(hidden, turns[layer_spec.attention], kept, tokens)
             routing.append(layer_routing)
-        hidden_BTD = self.norm(hidden_BTD)
+        hidden_BTD = self.norm(hidden if self.hc_head is None else self.hc_head(hidden))
         mtp_logits: list[Tensor] = []
         if cache is None and len(self.mtp_layers) > 0:
             known = tokens if lookahead is None else torch.cat((tokens, lookahead), dim=1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from workbench.blocks.cache import KeyValueCache, LatentCache
+from workbench.blocks.compressed_cache import CompressedCache
 from workbench.blocks.float8_latent_cache import Float8LatentCache
 from workbench.blocks.sparse_latent_attention import SparseLatentCache
+from workbench.blocks.transformer_layer import LayerCache
 from workbench.model import config as spec
-
-LayerCache = KeyValueCache | LatentCache | Float8LatentCache | SparseLatentCache
 
 
 class DecoderCache:
@@ -82,4 +82,15 @@ def build_cache(
                 device=device,
             )
         case spec.CompressedAttention():
-            raise ValueError("the decoder does not build CompressedAttention yet")
+            compression = attention.compression
+            return CompressedCache(
+                batch_size,
+                max_length,
+                head_dim=attention.head_dim,
+                qk_rope_head_dim=attention.qk_rope_head_dim,
+                sliding_window=attention.sliding_window,
+                compress_ratio=None if compression is None else compression.compress_ratio,
+                index_head_dim=compression.index_head_dim if isinstance(compression, spec.SparseCompression) else None,
+                dtype=dtype,
+                device=device,
+            )

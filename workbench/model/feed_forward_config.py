@@ -90,6 +90,7 @@ class MixtureOfExperts:
             self.num_experts_per_tok <= reachable,
             f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..{reachable} (experts in topk_group groups)",
         )
+        require(not (self.router_bias and self.topk_method == "hash"), "topk_method='hash' has no router_bias")
         require(self.routed_scaling_factor > 0, f"routed_scaling_factor={self.routed_scaling_factor} must be above 0")
 
 

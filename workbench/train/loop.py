@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench.blocks.balance import updated_bias
+from workbench.blocks.mixture_of_experts import MixtureOfExperts
 from workbench.blocks.router import Router
 from workbench.model.decoder import DecoderOutput
 from workbench.text import Batch, Batches, Text, load
@@ -224,12 +225,14 @@ def stacked_loads(output: DecoderOutput) -> Tensor:
 
 
 def move_biases(recipe: Recipe, state: TrainState, load_LE: Tensor) -> Tensor:
-    """Update every router's selection bias by its load of this step; returns them all [L, E]."""
-    routers = [module for module in state.decoder.modules() if isinstance(module, Router)]
-    if not routers:
-        return torch.zeros(0, 0)
-    for router, load_E in zip(routers, load_LE, strict=True):
-        bias = router.e_score_correction_bias
+    """Update every router's selection bias by its load of this step; returns them all [L, E], 0 where there is none."""
+    gates = [module.gate for module in state.decoder.modules() if isinstance(module, MixtureOfExperts)]
+    biases: list[Tensor] = []
+    for gate, load_E in zip(gates, load_LE, strict=True):
+        if not isinstance(gate, Router):  # a table of experts by token
+            biases.append(torch.zeros_like(load_E, dtype=torch.float32))
+            continue
+        biases.append(bias := gate.e_score_correction_bias)
         if isinstance(recipe.balance, LossFreeBias) and state.balance_speed:
             bias.copy_(updated_bias(bias, load_E, speed=state.balance_speed, centred=recipe.balance.centred))
-    return torch.stack([router.e_score_correction_bias for router in routers])
+    return torch.stack(biases) if biases else torch.zeros(0, 0)
