@@ -88,6 +88,12 @@ def alike(attention: Any, *feed_forwards: Any, **changes: Any) -> ModelConfig:
     return model(*(LayerConfig(attention, x) for x in feed_forwards), **changes)
 
 
+def gpt_oss() -> ModelConfig:
+    full = grouped(qkv_bias=True, o_bias=True, sinks=True)
+    sliding = LayerConfig(replace(full, sliding_window=7), GPT_OSS_EXPERTS)
+    return model(sliding, LayerConfig(full, GPT_OSS_EXPERTS), sliding)
+
+
 def v4() -> ModelConfig:
     window = CompressedAttention(
         num_attention_heads=4,
@@ -144,15 +150,16 @@ BUILT = {
     "glm4_moe": alike(grouped(qkv_bias=True, qk_norm="head", partial_rotary_factor=0.6), DENSE, BIASED),
     "dots1": alike(grouped(qk_norm="head"), DENSE, BIASED),
 }
-BUILT["deepseek_v4"] = v4()
+BUILT |= {
+    "mixtral, windowed": alike(grouped(sliding_window=9), SOFTMAX, SOFTMAX),
+    "gpt_oss": gpt_oss(),
+    "deepseek_v4": v4(),
+}
 # Every published type.
 TYPES = {
     "llama": BUILT["llama 3.1"],
-    "mixtral": alike(grouped(sliding_window=9), SOFTMAX, SOFTMAX),
-    "gpt_oss": model(
-        LayerConfig(grouped(qkv_bias=True, o_bias=True, sinks=True, sliding_window=7), GPT_OSS_EXPERTS),
-        LayerConfig(grouped(qkv_bias=True, o_bias=True, sinks=True), GPT_OSS_EXPERTS),
-    ),
+    "mixtral": BUILT["mixtral, windowed"],
+    "gpt_oss": BUILT["gpt_oss"],
     **{name: BUILT[name] for name in ("qwen2", "qwen3_moe", "olmoe", "glm4_moe", "dots1")},
     **{name: BUILT[name] for name in ("deepseek_v2", "deepseek_v3", "deepseek_v32")},
     "deepseek_v4": BUILT["deepseek_v4"],

@@ -9,7 +9,7 @@ import torch
 from kernel_rules import ODD_SIZES, assert_obeys_rule, results
 from torch import Tensor
 
-from workbench_kernels.causal_attention import causal_attention, flash, reference
+from workbench_kernels.causal_attention import causal_attention, flash, reference, visible
 
 
 def make(
@@ -63,6 +63,53 @@ def test_a_case_by_hand() -> None:
     torch.testing.assert_close(causal_attention(query, key, value, 1.0).flatten(), torch.tensor([2.0, 5.0]))
 
 
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "keys"), [(60, 60), (129, 129), (1, 60), (65, 130)])
+@pytest.mark.parametrize("window", [1, 7, 64, 500, None])
+def test_obeys_the_rule_with_a_window_and_sinks(
+    queries: int, keys: int, window: int | None, dtype: torch.dtype
+) -> None:
+    def op(kind, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        return kind(query, key, value, 0.3, window=window, sinks=sinks)
+
+    inputs = (*make(queries, keys, dtype, groups=2), SINKS.to(dtype))
+    assert_obeys_rule(lambda *t: op(causal_attention, *t), lambda *t: op(reference, *t), inputs)
+
+
+def test_a_window_as_long_as_the_text_hides_nothing() -> None:
+    inputs = make(100, 100, torch.float64)
+    torch.testing.assert_close(causal_attention(*inputs, 0.3, window=100), reference(*inputs, 0.3))
+    torch.testing.assert_close(
+        causal_attention(*inputs, 0.3, sinks=torch.full((4,), -torch.inf)), reference(*inputs, 0.3)
+    )
+
+
+def test_what_left_the_window_is_never_read() -> None:
+    query, key, value = make(100, 100, torch.float32)
+    before = causal_attention(query, key, value, 0.3, window=5)
+    key[:, :80], value[:, :80] = 1e30, 1e30
+    after = causal_attention(query, key, value, 0.3, window=5)
+    assert torch.equal(after[:, 84:], before[:, 84:])
+    assert (after[:, 83] != before[:, 83]).all()
+
+
+def test_who_sees_whom() -> None:
+    seen = visible(2, 4, torch.device("cpu"), window=2)
+    assert seen.int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert visible(2, 4, torch.device("cpu")).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_a_sink_by_hand() -> None:
+    """Two keys with logits 0 and ln 2 and a sink of ln 5: weights 1/8, 2/8, and 5/8 for nothing."""
+    query = torch.full((1, 2, 1, 1), math.log(2.0))
+    key, value = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1), torch.tensor([8.0, 16.0]).view(1, 2, 1, 1)
+    mixed = causal_attention(query, key, value, 1.0, sinks=torch.tensor([math.log(5.0)]))
+    torch.testing.assert_close(mixed.flatten(), torch.tensor([8 / 6, 8 / 8 + 16 * 2 / 8]))
+
+
 def test_the_future_is_never_read() -> None:
     query, key, value = make(100, 100, torch.float32)
     before = causal_attention(query, key, value, 0.3)
@@ -97,3 +144,16 @@ def test_bad_input_gets_one_line(change, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         causal_attention(query, key, value, 0.3)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window=0 must be at least 1"),
+        ({"sinks": torch.zeros(3)}, r"sinks \(torch.float32 \[3\]\) must be \[4\]"),
+        ({"sinks": torch.zeros(4, dtype=torch.int64)}, "of a floating dtype"),
+    ],
+)
+def test_bad_options_get_one_line(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        causal_attention(*make(5, 5, torch.float32), 0.3, **options)

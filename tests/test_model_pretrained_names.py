@@ -215,7 +215,7 @@ SAID: dict[str, dict[str, Any]] = {
     "dots1": {"attention_bias": False, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
     "gpt_oss": {
         "sliding_window": 7,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "swiglu_limit": 5.0,
         "swiglu_alpha": 1.5,
     },

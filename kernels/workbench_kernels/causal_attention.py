@@ -19,7 +19,16 @@ _BLOCK_ROWS = 64
 LONGEST_KEPT = 1024
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, impl: str = "auto") -> Tensor:
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
     """`softmax(scale * query @ key.T) @ value`, where the T queries are the last of the S positions.
 
     Args:
@@ -27,38 +36,73 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *,
         key: [B, S, G, K] with S >= T; G divides H, and H / G consecutive query heads share a key/value head.
         value: [B, S, G, U].
         scale: multiplies the products before the softmax, whose statistics are float32 or wider.
+        window: a query reads its own key and the window - 1 before; None: all before.
+        sinks: [H], for each head one more logit in the softmax, with nothing to give: it takes weight.
         impl: "auto", "reference" or "fused"; see `workbench_kernels.tier`. Where other ops take their definition,
-            `auto` is torch's flash form: the definition makes T x S matrices.
+            `auto` is torch's flash form: the definition makes T x S matrices. With a window or sinks it is the
+            definition for some queries at a time, over the keys that these can see.
 
     Returns:
         [B, T, H, U] in the dtype of the inputs.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes or dtypes do not fit, or the window is below 1.
+
+    Source: Beltagy et al., arXiv 2004.05150 (window); Xiao et al., arXiv 2309.17453, and gpt-oss (sinks).
     """
     _check(query, key, value)
+    _check_options(query, window, sinks)
     tier = resolve("causal_attention", impl, query.device, query.dtype)
     if impl == "reference":
-        return reference(query, key, value, scale)
+        return reference(query, key, value, scale, window=window, sinks=sinks)
+    if window is not None or sinks is not None:
+        return by_blocks(query, key, value, scale, window=window, sinks=sinks)
     if tier == "torch" and key.shape[1] <= LONGEST_KEPT:
         return _causal_attention(query, key, value, scale)[0]
     return flash(query, key, value, scale)
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """The definition: all scores at once."""
     group_size = query.shape[2] // key.shape[2]
     key, value = (x.repeat_interleave(group_size, dim=2) for x in (key, value))
     scores_BHTS = torch.einsum("bthk,bshk->bhts", query, key)
     wide = scores_BHTS.to(torch.promote_types(query.dtype, torch.float32)) * scale
-    hidden_TS = ~visible(query.shape[1], key.shape[1], query.device)
-    weights_BHTS = wide.masked_fill(hidden_TS, float("-inf")).softmax(dim=-1).to(query.dtype)
+    hidden_TS = ~visible(query.shape[1], key.shape[1], query.device, window=window)
+    logits_BHTS = wide.masked_fill(hidden_TS, float("-inf"))
+    if sinks is not None:
+        sinks_BHT1 = sinks.to(wide.dtype)[None, :, None, None].expand(*logits_BHTS.shape[:3], 1)
+        logits_BHTS = torch.cat((logits_BHTS, sinks_BHT1), dim=-1)
+    weights_BHTS = logits_BHTS.softmax(dim=-1)[..., : key.shape[1]].to(query.dtype)
     return torch.einsum("bhts,bshu->bthu", weights_BHTS, value)
 
 
-def visible(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """[T, S], True where a query may look."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+def visible(num_queries: int, num_keys: int, device: torch.device, *, window: int | None = None) -> Tensor:
+    """[T, S], True where a query may look: at its own position, the last T of S, and those before or in its window."""
+    past = num_keys - num_queries
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(past)
+    return seen if window is None else seen.triu(past - window + 1)
+
+
+def by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, window: int | None, sinks: Tensor | None
+) -> Tensor:
+    """The definition for some queries at a time, over the keys from the first one's window to the last one."""
+    past, mixed = key.shape[1] - query.shape[1], []
+    for first in range(0, query.shape[1], _BLOCK_ROWS):
+        rows = query[:, first : first + _BLOCK_ROWS]
+        last = past + first + rows.shape[1]
+        begin = 0 if window is None else max(0, past + first - window + 1)
+        mixed.append(reference(rows, key[:, begin:last], value[:, begin:last], scale, window=window, sinks=sinks))
+    return torch.cat(mixed, dim=1)
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -196,6 +240,13 @@ def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
 
 
 _causal_attention.register_autograd(_backward, setup_context=_save)
+
+
+def _check_options(query: Tensor, window: int | None, sinks: Tensor | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1: a query reads its own key")
+    if sinks is not None and (sinks.shape != query.shape[2:3] or not sinks.is_floating_point()):
+        raise ValueError(f"sinks ({sinks.dtype} {list(sinks.shape)}) must be [{query.shape[2]}], of a floating dtype")
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

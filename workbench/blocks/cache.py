@@ -102,13 +102,12 @@ def kept_of(length: int, kept: int) -> int:
     return length
 
 
-def room_for(new: Tensor, kept: Tensor, length: int) -> int:
-    """The length after appending `new` along axis 1."""
+def room_for(new: Tensor, kept: Tensor, length: int, max_length: int | None = None) -> int:
+    """The length after appending `new` along axis 1; `max_length=None` is the size of `kept`."""
     end = length + new.shape[1]
-    if end > kept.shape[1]:
-        raise ValueError(
-            f"the cache holds max_length={kept.shape[1]} tokens; {length} are kept and {new.shape[1]} more came"
-        )
+    most = kept.shape[1] if max_length is None else max_length
+    if end > most:
+        raise ValueError(f"the cache holds max_length={most} tokens; {length} are kept and {new.shape[1]} more came")
     if new.shape[0] != kept.shape[0]:
         raise ValueError(f"the cache was made for batch_size={kept.shape[0]}, not {new.shape[0]}")
     return end

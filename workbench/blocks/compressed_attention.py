@@ -14,6 +14,7 @@ from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation
 from workbench.blocks.trailing_rope import backward, rotate_trailing
 from workbench.blocks.unit_norm import unit_rms
+from workbench_kernels.causal_attention import visible
 
 
 class CompressedAttention(KeepWide):
@@ -73,7 +74,8 @@ class CompressedAttention(KeepWide):
         key_BSK = rotate_trailing(self.kv_norm(self.kv_proj(x)).unsqueeze(2), turn).squeeze(2)
         if cache is not None:
             key_BSK = cache.append(key_BSK)
-        read_BTS = near(x.shape[1], key_BSK.shape[1], self.sliding_window, x.device).expand(x.shape[0], -1, -1)
+        near_TS = visible(x.shape[1], key_BSK.shape[1], x.device, window=self.sliding_window)
+        read_BTS = near_TS.expand(x.shape[0], -1, -1)
         entries = self.entries(x, query_latent_BTC, turn, cache)
         if entries is not None:
             key_BSK = torch.cat((key_BSK, entries.key), dim=1)
@@ -121,16 +123,6 @@ def sink_attention(
     sinks_BHT1 = sinks.to(wide)[None, :, None, None].expand(*scores_BHTS.shape[:3], 1)
     weights_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(-1)[..., :-1]
     return torch.einsum("bhts,bsk->bthk", weights_BHTS.to(key.dtype), key)
-
-
-def near(num_queries: int, num_keys: int, sliding_window: int, device: torch.device) -> Bool[Tensor, "T S"]:
-    """True where a key is the query's own token or one of the sliding_window - 1 before.
-
-    The queries are the last of the keys' positions.
-    """
-    query_T1 = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(-1)
-    age_TS = query_T1 - torch.arange(num_keys, device=device)
-    return (age_TS >= 0) & (age_TS < sliding_window)
 
 
 def grouped_linear(

@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.blocks.cache import room_for
 from workbench.blocks.rope import Rotation
+from workbench.blocks.sliding_cache import refuse_to_truncate, slide
 
 
 class PoolCache:
@@ -136,28 +138,14 @@ class CompressedCache:
 
     def append(self, key: Float[Tensor, "B T K"]) -> Float[Tensor, "B S K"]:
         """Keep the keys of the next T tokens, drop what leaves the window; returns the kept ones, then the new."""
-        end = self.length + key.shape[1]
-        if end > self.max_length:
-            raise ValueError(
-                f"the cache holds max_length={self.max_length} tokens; {self.length} are kept and {key.shape[1]} more"
-                " came"
-            )
-        if key.shape[0] != self.key.shape[0]:
-            raise ValueError(f"the cache was made for batch_size={self.key.shape[0]}, not {key.shape[0]}")
-        size = self.key.shape[1]
-        joined_BSK = _joined(self.key[:, : min(self.length, size)], key, 1)
-        self.key[:, : min(end, size)] = joined_BSK[:, -size:]
+        end = room_for(key, self.key, self.length, self.max_length)
+        joined_BSK = slide(self.key, key, self.length)
         self.length = end
         return joined_BSK
 
     def truncate(self, length: int) -> None:
-        """Nothing can be forgotten: what left the window, or was pooled, is not kept.
-
-        Raises:
-            ValueError: `length` is not the number of tokens kept.
-        """
-        if length != self.length:
-            raise ValueError(f"a compressed cache of {self.length} tokens cannot go back to {length}")
+        """Nothing can be forgotten: see `refuse_to_truncate`."""
+        refuse_to_truncate(length, self.length)
 
     @property
     def nbytes(self) -> int:

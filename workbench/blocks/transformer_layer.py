@@ -14,9 +14,12 @@ from workbench.blocks.mixture_of_experts import MixtureOfExperts
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation
 from workbench.blocks.router import Routing
+from workbench.blocks.sliding_cache import SlidingKeyValueCache
 from workbench.blocks.sparse_latent_attention import SparseAttention, SparseLatentCache
 
-LayerCache = KeyValueCache | LatentCache | Float8LatentCache | SparseLatentCache | CompressedCache
+LayerCache = (
+    KeyValueCache | SlidingKeyValueCache | LatentCache | Float8LatentCache | SparseLatentCache | CompressedCache
+)
 
 
 class LayerOutput(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from workbench.blocks.compressed_attention import CompressedAttention
@@ -57,15 +56,10 @@ def build_connection(config: spec.ModelConfig, streams: spec.HyperConnections) -
 def build_attention(
     hidden_size: int, attention: spec.Attention, *, eps: float
 ) -> GroupedQueryAttention | LatentAttention | SparseLatentAttention | CompressedAttention:
-    """The block that an attention specification describes; `eps` is that of the query and key norms.
-
-    Raises:
-        ValueError: the decoder has no block for it yet.
-    """
+    """The block that an attention specification describes; `eps` is that of the query and key norms."""
     rotate = rotate_interleaved if attention.rope.rope_interleave else rotate_halves
     match attention:
         case spec.GroupedQueryAttention():
-            refuse_extras(attention, ("sliding_window", "sinks"))
             return GroupedQueryAttention(
                 hidden_size,
                 attention.num_attention_heads,
@@ -77,6 +71,8 @@ def build_attention(
                 qkv_bias=attention.qkv_bias,
                 o_bias=attention.o_bias,
                 qk_norm=attention.qk_norm,
+                sliding_window=attention.sliding_window,
+                sinks=attention.sinks,
                 eps=eps,
             )
         case spec.LatentAttention() as latent:
@@ -141,16 +137,6 @@ def latent_arguments(latent: spec.LatentAttention) -> dict[str, Any]:
         "softmax_scale": key_width**-0.5 * softmax_sharpening(latent.rope.scaling),
         "rotate": rotate_interleaved if latent.rope.rope_interleave else rotate_halves,
     }
-
-
-def refuse_extras(part: spec.GroupedQueryAttention | spec.MixtureOfExperts, names: tuple[str, ...]) -> None:
-    """Raise `ValueError` in one line if a field that the decoder does not build yet is set."""
-    defaults = {field.name: field.default for field in fields(part)}
-    for name in names:
-        value = getattr(part, name)
-        spec.require(
-            value == defaults[name], f"the decoder does not build {name}={value!r} yet ({type(part).__name__})"
-        )
 
 
 def build_feed_forward(

@@ -7,6 +7,7 @@ import torch
 from workbench.blocks.cache import KeyValueCache, LatentCache
 from workbench.blocks.compressed_cache import CompressedCache
 from workbench.blocks.float8_latent_cache import Float8LatentCache
+from workbench.blocks.sliding_cache import SlidingKeyValueCache
 from workbench.blocks.sparse_latent_attention import SparseLatentCache
 from workbench.blocks.transformer_layer import LayerCache
 from workbench.model import config as spec
@@ -57,10 +58,20 @@ def build_cache(
                 qk_rope_head_dim=attention.qk_rope_head_dim,
                 device=device,
             )
-        case spec.GroupedQueryAttention():
-            heads = attention.num_key_value_heads
+        case spec.GroupedQueryAttention(num_key_value_heads=heads, sliding_window=None):
             return KeyValueCache(
                 batch_size, max_length, num_heads=heads, head_dim=attention.head_dim, dtype=dtype, device=device
+            )
+        case spec.GroupedQueryAttention(num_key_value_heads=heads, sliding_window=window):
+            assert window is not None
+            return SlidingKeyValueCache(
+                batch_size,
+                max_length,
+                num_heads=heads,
+                head_dim=attention.head_dim,
+                sliding_window=window,
+                dtype=dtype,
+                device=device,
             )
         case spec.LatentAttention():
             return LatentCache(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from workbench.model.config import CompressedAttention, ModelConfig, require
+from workbench.model.config import ModelConfig, require
 from workbench.model.decoder import Decoder
 from workbench.model.sampling import distribution, draw
 from workbench.model.speculate import speculate as speak
@@ -58,7 +58,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, a number outside its range, or `speculate` of a model without prediction depths or
-            one that pools its past.
+            one with sliding windows.
     """
     require(tokens.shape[1] > 0, "the prompt is empty: at least one token is needed")
     require(max_new_tokens > 0, f"max_new_tokens={max_new_tokens} must be above 0")
@@ -67,7 +67,7 @@ def generate(
     require(prefill_chunk > 0, f"prefill_chunk={prefill_chunk} must be above 0")
     require(not speculate or len(decoder.mtp_layers) > 0, "speculate=True needs a model with mtp_layers")
     if speculate:
-        refuse_pooled_past(decoder.config)
+        refuse_lost_past(decoder.config)
     room = decoder.config.max_position_embeddings - tokens.shape[1]
     require(max_new_tokens <= room, f"max_new_tokens={max_new_tokens} must lie in 1..{room} after this prompt")
     draws = torch.Generator(device=tokens.device).manual_seed(seed)
@@ -91,10 +91,11 @@ def generate(
     )
 
 
-def refuse_pooled_past(config: ModelConfig) -> None:
-    """Raise `ValueError` if a layer pools its past, so that a draft that fell could not be forgotten."""
-    pooled = [x.attention for x in (*config.layers, *config.mtp_layers) if isinstance(x.attention, CompressedAttention)]
-    require(not pooled, "speculate=True takes drafts back, and CompressedAttention has pooled them")
+def refuse_lost_past(config: ModelConfig) -> None:
+    """Raise `ValueError` if a cache drops or pools its past, so that a draft that fell could not be taken back."""
+    attentions = [layer.attention for layer in (*config.layers, *config.mtp_layers)]
+    losing = [type(x).__name__ for x in attentions if getattr(x, "sliding_window", None) is not None]
+    require(not losing, f"speculate=True takes drafts back; {losing[:1]} with a sliding_window cannot")
 
 
 def continue_plainly(

@@ -7,6 +7,7 @@ from torch import nn
 
 from workbench.blocks.compressed_attention import CompressedAttention
 from workbench.blocks.compressor import Pool
+from workbench.blocks.grouped_query_attention import GroupedQueryAttention
 from workbench.blocks.hash_router import HashRouter
 from workbench.blocks.hyper_connections import HyperConnection, HyperHead
 from workbench.blocks.mixture_of_experts import Experts
@@ -51,8 +52,9 @@ def initialize(model: nn.Module, *, std: float) -> None:
                 nn.init.normal_(module.weight, std=std)
                 num_experts, (vocab_size, per_token) = module.weight.shape[0], module.tid2eid.shape
                 module.tid2eid.copy_(torch.arange(vocab_size * per_token).view(vocab_size, per_token) % num_experts)
-            case CompressedAttention():
-                nn.init.zeros_(module.sinks)
+            case CompressedAttention() | GroupedQueryAttention():
+                if module.sinks is not None:
+                    nn.init.zeros_(module.sinks)
             case Pool():
                 nn.init.zeros_(module.position_bias)
             case HyperConnection():
