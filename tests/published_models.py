@@ -88,10 +88,8 @@ def alike(attention: Any, *feed_forwards: Any, **changes: Any) -> ModelConfig:
     return model(*(LayerConfig(attention, x) for x in feed_forwards), **changes)
 
 
-def gpt_oss() -> ModelConfig:
-    full = grouped(qkv_bias=True, o_bias=True, sinks=True)
-    sliding = LayerConfig(replace(full, sliding_window=7), GPT_OSS_EXPERTS)
-    return model(sliding, LayerConfig(full, GPT_OSS_EXPERTS), sliding)
+def sliding(full: GroupedQueryAttention, feed_forward: Any, *windows: int | None) -> ModelConfig:
+    return model(*(LayerConfig(replace(full, sliding_window=window), feed_forward) for window in windows))
 
 
 def v4() -> ModelConfig:
@@ -152,7 +150,9 @@ BUILT = {
 }
 BUILT |= {
     "mixtral, windowed": alike(grouped(sliding_window=9), SOFTMAX, SOFTMAX),
-    "gpt_oss": gpt_oss(),
+    "qwen2, windowed above": sliding(grouped(qkv_bias=True), DENSE, None, 6),
+    "dots1, windowed below": sliding(grouped(qk_norm="head"), BIASED, 8, None),
+    "gpt_oss": sliding(grouped(qkv_bias=True, o_bias=True, sinks=True), GPT_OSS_EXPERTS, 7, None, 7),
     "deepseek_v4": v4(),
 }
 # Every published type.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from published_models import BIASED, BUILT, DENSE, LATENT, SOFTMAX, TYPES, YARN, alike, grouped, reference
+from published_models import BIASED, BUILT, DENSE, LATENT, SOFTMAX, TYPES, YARN, alike, grouped, reference, sliding
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -175,6 +175,11 @@ MISFITS: dict[str, tuple[ModelConfig, str | None, str]] = {
         None,
         r"gpt_oss has one sliding_window; this configuration has \[3, 7\]",
     ),
+    "Qwen2 of two windows": (
+        sliding(grouped(qkv_bias=True), DENSE, 4, None, 9),
+        None,
+        r"qwen2 has one sliding_window; this configuration has \[4, 9\]",
+    ),
     "gpt-oss without offset": (experts(GPT_OSS, activation=ClampedActivation(limit=3.0)), None, "offset=1.0"),
     "Llama of partial heads": (
         alike(grouped(), DENSE, hidden_size=50),
@@ -203,6 +208,16 @@ def test_what_a_type_cannot_say_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=line) as caught:
         to_hf(config, model_type=model_type)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["qwen2, windowed above", "dots1, windowed below"])
+def test_windows_of_some_layers_are_said_layer_by_layer(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields := to_hf(BUILT[name])))
+    windows = [layer.attention.sliding_window for layer in BUILT[name].layers]  # pyright: ignore[reportAttributeAccessIssue]
+    assert fields["layer_types"] == ["full_attention" if w is None else "sliding_attention" for w in windows]
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.layer_types == fields["layer_types"]
+    assert theirs.sliding_window == fields["sliding_window"] == max(w for w in windows if w is not None)
 
 
 # What decides how the model computes, beyond the names and sizes that the tests above see.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from workbench.model.attention_config import GroupedQueryAttention
 from workbench.model.config import ModelConfig
 from workbench.model.feed_forward_config import DenseFeedForward
@@ -19,6 +17,7 @@ from workbench.model.hf_write.parts import (
     same_experts,
     softmax_experts,
     whole_heads,
+    windows_by_layer,
 )
 from workbench.model.require import require
 
@@ -36,10 +35,14 @@ def llama(config: ModelConfig) -> Fields:
 
 def qwen2(config: ModelConfig) -> Fields:
     no_extras(config, "qwen2")
-    attention = same_attention(config, GroupedQueryAttention, "qwen2")
-    fixed(attention, "qwen2", qkv_bias=True, o_bias=False, qk_norm=None, partial_rotary_factor=1.0)
-    fixed(attention, "qwen2", sliding_window=None, sinks=False)
-    return {**grouped(attention), "use_sliding_window": False, **dense_width(config.layers, "qwen2")}
+    attention, windows = windows_by_layer(config, "qwen2")
+    fixed(attention, "qwen2", qkv_bias=True, o_bias=False, qk_norm=None, partial_rotary_factor=1.0, sinks=False)
+    return {
+        **grouped(attention),
+        "use_sliding_window": windows["sliding_window"] is not None,
+        **windows,
+        **dense_width(config.layers, "qwen2"),
+    }
 
 
 def mixtral(config: ModelConfig) -> Fields:
@@ -98,10 +101,7 @@ def olmoe(config: ModelConfig) -> Fields:
 
 def gpt_oss(config: ModelConfig) -> Fields:
     no_extras(config, "gpt_oss")
-    windows = [getattr(layer.attention, "sliding_window", None) for layer in config.layers]
-    widths = {window for window in windows if window is not None}
-    require(len(widths) <= 1, f"gpt_oss has one sliding_window; this configuration has {sorted(widths)}")
-    attention = same_attention(_without_windows(config), GroupedQueryAttention, "gpt_oss")
+    attention, windows = windows_by_layer(config, "gpt_oss")
     fixed(attention, "gpt_oss", sinks=True, qk_norm=None, partial_rotary_factor=1.0, o_bias=attention.qkv_bias)
     no_dense(config, "gpt_oss")
     experts = same_experts(config, "gpt_oss")
@@ -116,8 +116,7 @@ def gpt_oss(config: ModelConfig) -> Fields:
         **grouped(attention),
         **plain,
         "attention_bias": attention.qkv_bias,
-        "sliding_window": next(iter(widths), None),
-        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+        **windows,
         "intermediate_size": experts.moe_intermediate_size,
         "num_local_experts": experts.n_routed_experts,
         "num_experts_per_tok": experts.num_experts_per_tok,
@@ -143,23 +142,11 @@ def glm4_moe(config: ModelConfig) -> Fields:
 
 def dots1(config: ModelConfig) -> Fields:
     no_extras(config, "dots1")
-    attention = same_attention(config, GroupedQueryAttention, "dots1")
-    fixed(attention, "dots1", qk_norm="head", partial_rotary_factor=1.0, sliding_window=None, sinks=False)
-    fixed(attention, "dots1", o_bias=attention.qkv_bias)
+    attention, windows = windows_by_layer(config, "dots1")
+    fixed(attention, "dots1", qk_norm="head", partial_rotary_factor=1.0, sinks=False, o_bias=attention.qkv_bias)
     return {
         **grouped(attention),
         "attention_bias": attention.qkv_bias,
-        "sliding_window": None,
+        **windows,
         **experts_of_the_line(config, "dots1", scoring_func="sigmoid", topk_method="noaux_tc"),
     }
-
-
-def _without_windows(config: ModelConfig) -> ModelConfig:
-    """The configuration with full attention in every layer."""
-    layers = tuple(
-        replace(layer, attention=replace(layer.attention, sliding_window=None))
-        if isinstance(layer.attention, GroupedQueryAttention)
-        else layer
-        for layer in config.layers
-    )
-    return replace(config, layers=layers)

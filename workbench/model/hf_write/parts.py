@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from workbench.model.attention_config import GroupedQueryAttention, LatentAttention, Llama3Scaling, Rope
@@ -32,6 +33,22 @@ def same_attention(config: ModelConfig, kind: type[Kind], model_type: str) -> Ki
     if isinstance(attention, GroupedQueryAttention):
         fixed(attention.rope, model_type, rope_interleave=False)
     return attention
+
+
+def windows_by_layer(config: ModelConfig, model_type: str) -> tuple[GroupedQueryAttention, Fields]:
+    """The attention of all layers, which must be the same but for one width of window, and the fields for that."""
+    windows = [getattr(layer.attention, "sliding_window", None) for layer in config.layers]
+    widths = {window for window in windows if window is not None}
+    require(len(widths) <= 1, f"{model_type} has one sliding_window; this configuration has {sorted(widths)}")
+    layers = tuple(
+        replace(layer, attention=replace(layer.attention, sliding_window=None))
+        if isinstance(layer.attention, GroupedQueryAttention)
+        else layer
+        for layer in config.layers
+    )
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    attention = same_attention(replace(config, layers=layers), GroupedQueryAttention, model_type)
+    return attention, {"sliding_window": next(iter(widths), None), "layer_types": kinds}
 
 
 def no_extras(config: ModelConfig, model_type: str, *, mtp: bool = False) -> None:
