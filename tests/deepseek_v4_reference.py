@@ -1,44 +1,18 @@
-"""The reference implementation of DeepSeek-V4 in `transformers`, in float32 as it is and in float64."""
+"""Small parts of DeepSeek-V4 in `transformers`, with weights that hide nothing."""
 
 from __future__ import annotations
 
-import sys
-from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DeepseekV4Config
-from transformers.models.deepseek_v4 import modeling_deepseek_v4
+from wide_reference import modeling
 
 
-@cache
 def reference(dtype: torch.dtype) -> Any:
-    """The module that defines the reference; for float64 a second one, whose source says float64 for float32.
-
-    It casts to float32 by name in norms, softmax, rotary angles, index scores and hyper-connections, inside long
-    functions. Rewriting those by hand would compare us with ourselves; its own text with wider casts does not.
-    """
-    if dtype == torch.float32:
-        return modeling_deepseek_v4
-    assert dtype == torch.float64 and modeling_deepseek_v4.__file__ is not None
-    text = Path(modeling_deepseek_v4.__file__).read_text(encoding="utf-8")
-    for narrow, wide in (
-        (".float()", ".double()"),
-        ("torch.float32", "torch.float64"),
-        ("dtype=torch.float)", "dtype=torch.float64)"),
-    ):
-        assert narrow in text
-        text = text.replace(narrow, wide)
-    name = f"{modeling_deepseek_v4.__name__}_float64"
-    spec = spec_from_file_location(name, modeling_deepseek_v4.__file__)
-    assert spec is not None
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    exec(compile(text, modeling_deepseek_v4.__file__, "exec"), module.__dict__)
-    return module
+    """The module that defines the reference."""
+    return modeling("deepseek_v4", dtype)
 
 
 def tiny_config(layer_type: str, **changes: Any) -> DeepseekV4Config:

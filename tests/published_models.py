@@ -202,8 +202,9 @@ def reference(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def difference(ours: Any, theirs: Any) -> float:
+def difference(ours: Any, theirs: Any, text: Tensor | None = None) -> float:
     """The largest difference of logits, relative to the largest logit."""
-    one, other = ours(tokens()).logits, theirs(tokens()).logits
+    text = tokens() if text is None else text
+    one, other = ours(text).logits, theirs(text).logits
     assert other.isfinite().all()
     return float((one - other).abs().max() / other.abs().max().clamp(min=1))

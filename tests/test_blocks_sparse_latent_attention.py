@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepseek_v32_reference import lift_float32_casts, reference_output, reference_with_weights_of, with_angles
+from deepseek_v32_reference import reference_output, reference_with_weights_of
 
 from workbench.blocks.indexer_loss import indexer_loss
 from workbench.blocks.latent_attention import LatentAttention, LatentQuery
@@ -127,15 +127,13 @@ def test_outputs_equal_the_reference_in_float32(name: str, implementation: str) 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("index_n_heads", [MANY, FEW])
 def test_outputs_equal_the_reference_in_float64(name: str, index_n_heads: int) -> None:
-    """With few index heads most choices are cut through a tie; see `lift_float32_casts` on the reference's order."""
+    """With few index heads most choices are cut through a tie; see `wide_reference` on the reference's order."""
     latent, index_topk = CASES[name]
     block = make(latent, index_topk=index_topk, index_n_heads=index_n_heads)
-    peer = reference_with_weights_of(block, latent)
-    lift_float32_casts(peer)
-    x, turned = inputs(33), turn(0, 33, latent)
-    cos, sin = (torch.cat((part, part), -1)[None] for part in turned)
+    x = inputs(33)
     with torch.no_grad():
-        ours, theirs = block(x, turned), with_angles(peer, x, (cos, sin))
+        ours = block(x, turn(0, 33, latent))
+    theirs = reference_output(reference_with_weights_of(block, latent, settle_ties=True), x)
     assert difference(ours.hidden, theirs) <= 1e-10
     if index_topk < 33:
         assert (gap(ours) == 0) == (index_n_heads == FEW)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from deepseek_v3_reference import reference_with_weights_of
 from torch import Tensor
 from transformers.modeling_layers import MtpModel
+from wide_reference import reference_of
 
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.router import Router
@@ -61,7 +61,7 @@ def references(decoder: Decoder) -> tuple[Any, MtpModel]:
     weights = decoder.state_dict()
     main = Decoder(replace(decoder.config, mtp_layers=()))
     main.load_state_dict({key: value for key, value in weights.items() if not key.startswith("mtp_layers.")})
-    peer = reference_with_weights_of(main).eval()
+    peer = reference_of(main)
     further = MtpModel(peer, num_mtp_layers=len(decoder.mtp_layers)).eval()
     renamed = {
         key.removeprefix("mtp_").replace(".norm.", ".post_norm.").replace(".layer.", ".mtp_block."): value

@@ -189,6 +189,7 @@ MISFITS: dict[str, tuple[ModelConfig, str | None, str]] = {
     "wide OLMoE heads": (attention(TYPES["olmoe"], head_dim=14), None, "olmoe has head_dim=12 only"),
     "V4 predicting further": (replace(V4, mtp_layers=V4.layers[-1:]), None, "mtp_layers must be"),
     "V4 hashed late": (replace(V4, layers=V4.layers[::-1]), None, "deepseek_v4 has topk_method='hash' only"),
+    "V4 unnormalised": (experts(V4, norm_topk_prob=False), None, "deepseek_v4 has norm_topk_prob=True only"),
     "V4 of another factor": (
         replace(V4, layers=(V4.layers[0], *(attention_of(x, rope=STRETCHED) for x in V4.layers[1:]))),
         None,

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from deepseek_v3_reference import reference_with_weights_of
+from wide_reference import reference_of
 
 from workbench.model.decoder import Decoder
 from workbench.train.recipes import NoBalance, toy_v3
@@ -64,7 +64,7 @@ def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def assert_equal_loss_and_gradients(recipe, tokens: torch.Tensor) -> None:
     decoder = TrainState(recipe).decoder
-    peer = reference_with_weights_of(decoder)
+    peer = reference_of(decoder, "deepseek_v3", attention="sdpa").train()
     losses = {}
     for name, model in (("ours", decoder), ("peer", peer)):
         losses[name] = next_token_loss(model(tokens[:, :-1]).logits, tokens)
@@ -97,7 +97,7 @@ def our_step(recipe, tokens: torch.Tensor) -> Callable[[], None]:
 
 def peer_step(recipe, tokens: torch.Tensor, implementation: str) -> Callable[[], None]:
     torch.manual_seed(recipe.seed)
-    peer = reference_with_weights_of(Decoder(recipe.model))
+    peer = reference_of(Decoder(recipe.model), "deepseek_v3", attention="sdpa").train()
     peer.set_experts_implementation(implementation)
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3, fused=True)
 

@@ -93,11 +93,12 @@ def _experts(config: ModelConfig) -> Fields:
     require(len(mixtures) == len(config.layers), f"{_TYPE} has experts in every layer")
     first = mixtures[0]
     shared = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "scoring_func")
-    shared += ("norm_topk_prob", "routed_scaling_factor", "activation")
+    shared += ("routed_scaling_factor", "activation")
     hashed = sum(x.topk_method == "hash" for x in mixtures)
     for i, experts in enumerate(mixtures):
         fixed(experts, _TYPE, topk_method="hash" if i < hashed else "noaux_tc")
-        fixed(experts, _TYPE, n_group=1, topk_group=1, router_bias=False, expert_bias=False)
+        fixed(experts, _TYPE, n_group=1, topk_group=1, norm_topk_prob=True)
+        fixed(experts, _TYPE, router_bias=False, expert_bias=False)
         fixed(experts, _TYPE, **{name: getattr(first, name) for name in shared})
     activation = first.activation
     if activation is None or (activation.alpha, activation.offset) != (1.0, 0.0):
@@ -105,6 +106,7 @@ def _experts(config: ModelConfig) -> Fields:
     return {
         **{name: getattr(first, name) for name in shared if name != "activation"},
         "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
         "swiglu_limit": activation.limit,
         "num_hash_layers": hashed,
         "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (len(mixtures) - hashed),

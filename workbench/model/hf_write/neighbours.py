@@ -117,6 +117,8 @@ def gpt_oss(config: ModelConfig) -> Fields:
         **plain,
         "attention_bias": attention.qkv_bias,
         **windows,
+        # `transformers` asks for a width even where no layer slides.
+        "sliding_window": windows["sliding_window"] or config.max_position_embeddings,
         "intermediate_size": experts.moe_intermediate_size,
         "num_local_experts": experts.n_routed_experts,
         "num_experts_per_tok": experts.num_experts_per_tok,
