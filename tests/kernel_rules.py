@@ -17,23 +17,30 @@ def assert_obeys_rule(candidate: Op, reference: Op, inputs: Sequence[Tensor]) ->
     """Output and every gradient: as exact as the reference allows, and the same bits in every run.
 
     The error against the float64 reference is at most twice that of the reference in the inputs' own dtype,
-    plus two roundings of the largest value. The second run finds NaN in all memory that it does not write.
+    plus two roundings of the largest value. The second run finds NaN in all memory that it does not write. The output
+    without gradients, which may take another way, obeys the same.
     """
-    grad = torch.randn_like(candidate(*inputs))
-    found = results(candidate, inputs, grad)
+    alone = without_gradients(candidate, inputs)
+    grad = torch.randn_like(alone)
+    found = [alone, *results(candidate, inputs, grad)]
     with uninitialized_memory_is_nan():
-        again = results(candidate, inputs, grad)
+        again = [without_gradients(candidate, inputs), *results(candidate, inputs, grad)]
     own = results(reference, inputs, grad)
     exact = results(reference, [widened(tensor) for tensor in inputs], grad.double())
+    own, exact = [own[0], *own], [exact[0], *exact]
     for index, (ours, second, theirs, truth) in enumerate(zip(found, again, own, exact, strict=True)):
-        name = "output" if index == 0 else f"gradient {index - 1}"
+        name = ("output without gradients", "output")[index] if index < 2 else f"gradient {index - 2}"
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, name
         assert torch.equal(ours, second), f"{name} differs between two runs"
-        if truth.numel():
-            rounding = 2 * torch.finfo(ours.dtype).eps * largest(truth)
-            allowed = 2 * largest(theirs.double() - truth) + rounding
-            error = largest(ours.double() - truth)
-            assert error <= allowed, f"{name}: error {error:.3g} exceeds {allowed:.3g}"
+        assert_exact(name, ours, theirs, truth)
+
+
+def assert_exact(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
+    """The error of `ours` is at most twice that of `theirs`, plus two roundings of the largest value."""
+    if truth.numel():
+        allowed = 2 * largest(theirs.double() - truth) + 2 * torch.finfo(ours.dtype).eps * largest(truth)
+        error = largest(ours.double() - truth)
+        assert error <= allowed, f"{name}: error {error:.3g} exceeds {allowed:.3g}"
 
 
 def results(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
@@ -42,6 +49,12 @@ def results(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
     output = op(*leaves)
     output.backward(grad)
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def without_gradients(op: Op, inputs: Sequence[Tensor]) -> Tensor:
+    """The output of `op` where nothing is recorded."""
+    with torch.inference_mode():
+        return op(*inputs).clone()
 
 
 def widened(tensor: Tensor) -> Tensor:

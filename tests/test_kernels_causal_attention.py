@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_rules import ODD_SIZES, assert_obeys_rule, results
+from kernel_rules import ODD_SIZES, assert_exact, assert_obeys_rule, results
 from torch import Tensor
 
 from workbench_kernels.causal_attention import causal_attention, flash, reference, visible
@@ -52,8 +52,17 @@ def test_the_form_for_long_texts_agrees(queries: int, keys: int, width: int, val
 
 def test_long_texts_take_the_form_without_a_square_matrix() -> None:
     inputs = make(1030, 1030, torch.float32, heads=1, groups=1, width=4, value=4)
+    inputs[0].requires_grad_()
     torch.testing.assert_close(causal_attention(*inputs, 0.3), flash(*inputs, 0.3), rtol=0, atol=0)
     torch.testing.assert_close(causal_attention(*inputs, 0.3), reference(*inputs, 0.3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1030, 1030), (1, 1500), (130, 1100)])
+def test_long_texts_without_gradients_obey_the_rule(queries: int, keys: int) -> None:
+    inputs = make(queries, keys, torch.float32, groups=2, width=5, value=3)
+    query, key, values = (x.double() for x in inputs)
+    truth = reference(query, key, values, 0.3)
+    assert_exact("output", causal_attention(*inputs, 0.3), reference(*inputs, 0.3), truth)
 
 
 def test_a_case_by_hand() -> None:

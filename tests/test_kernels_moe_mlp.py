@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench_kernels import GatedActivation, moe_mlp
 from workbench_kernels.expert_order import group_unit, sort_by_expert
-from workbench_kernels.moe_mlp import reference
+from workbench_kernels.moe_mlp import FEW_PAIRS, reference
 
 
 def make(
@@ -48,6 +48,30 @@ def test_obeys_the_rule(tokens: int, width: int, hidden: int, dtype: torch.dtype
 def test_obeys_the_rule_however_tokens_choose(experts: int, active: int, used: int, width: int) -> None:
     inputs = make(20, width, width, torch.float32, experts=experts, active=active, used=used)
     assert_obeys_rule(moe_mlp, reference, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "active"), [(1, 1), (1, 8), (3, 1), (5, 8), (9, 7), (9, 8)])
+def test_obeys_the_rule_for_a_step_of_decoding(tokens: int, active: int, dtype: torch.dtype) -> None:
+    """On both sides of the number of pairs up to which a step without gradients has a form of its own."""
+    assert 9 * 7 < FEW_PAIRS < 9 * 8
+    inputs = make_biased(tokens, 17, 9, dtype, active=active)
+    assert_obeys_rule(with_biases(moe_mlp), with_biases(reference), inputs)
+
+
+@pytest.mark.parametrize("indices", [[[0, 8]], [[-1, 3]]])
+def test_a_step_of_decoding_refuses_experts_that_are_not_there(indices: list[list[int]]) -> None:
+    x, w13, w2, _, weights = make(1, 4, 4, torch.float32)
+    with pytest.raises(ValueError, match=r"indices span -?\d\.\.\d and must lie in 0\.\.7"), torch.no_grad():
+        moe_mlp(x, w13, w2, torch.tensor(indices), weights)
+
+
+def test_a_token_may_take_an_expert_twice() -> None:
+    x, w13, w2, _, weights = make(3, 4, 4, torch.float32)
+    twice = torch.tensor([[5, 5], [2, 5], [5, 2]])
+    for tokens in (1, 3):
+        inputs = x[:tokens], w13, w2, twice[:tokens], weights[:tokens]
+        torch.testing.assert_close(moe_mlp(*inputs), reference(*inputs))
 
 
 def test_obeys_the_rule_without_tokens() -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench_kernels.tier import resolve
+from workbench_kernels.tier import resolve, unwatched
 
 _BLOCK_ROWS = 64
 # The blockwise form keeps half of every T x S matrix for backward; beyond this many keys torch's flash form is used.
@@ -57,6 +57,8 @@ def causal_attention(
         return reference(query, key, value, scale, window=window, sinks=sinks)
     if window is not None or sinks is not None:
         return by_blocks(query, key, value, scale, window=window, sinks=sinks)
+    if tier == "torch" and unwatched(query, key, value):
+        return alone(query, key, value, scale)
     if tier == "torch" and key.shape[1] <= LONGEST_KEPT:
         return _causal_attention(query, key, value, scale)[0]
     return flash(query, key, value, scale)
@@ -117,6 +119,24 @@ def flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return mixed.transpose(1, 2)[..., : value.shape[-1]]
 
 
+def alone(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The blockwise form where nothing is kept for backward: the scores of one block at a time, whatever the length."""
+    num_sequences, num_queries, num_heads, _ = query.shape
+    num_groups, rows = key.shape[2], _BLOCK_ROWS if key.shape[1] <= LONGEST_KEPT else 2 * _BLOCK_ROWS
+    if num_queries == 1:  # the query heads that share a key are rows of one product: nothing is copied for them
+        query_BGYK = query.unflatten(2, (num_groups, -1)).squeeze(1)
+        scores_BGYS = torch.matmul(query_BGYK, key.permute(0, 2, 3, 1)).mul_(scale)
+        return torch.matmul(scores_BGYS.softmax(-1), value.transpose(1, 2)).flatten(1, 2).unsqueeze(1)
+    query_XTK, key_XSK, value_XSU = (_by_head(x, num_heads) for x in (query, key, value))
+    out_XTU = value.new_empty(query_XTK.shape[0], num_queries, value.shape[-1])
+    future = torch.full((rows, rows), float("-inf"), dtype=query.dtype).triu(1)
+    for block in blocks(num_queries, key.shape[1], num_heads, rows):
+        weights = _scores(block, query_XTK, key_XSK, scale, future)
+        torch.softmax(weights, dim=-1, out=weights)
+        torch.bmm(weights, value_XSU[:, : block.seen], out=out_XTU[:, block.first : block.last])
+    return out_XTU.unflatten(0, (num_sequences, num_heads)).transpose(1, 2)
+
+
 class Block(NamedTuple):
     """Some consecutive queries, the keys before and among them, and where their weights lie in the kept buffer."""
 
@@ -133,14 +153,22 @@ class Block(NamedTuple):
         return kept[first : first + math.prod(shape)].view(shape)
 
 
-def blocks(num_queries: int, num_keys: int, num_heads: int) -> Iterator[Block]:
+def blocks(num_queries: int, num_keys: int, num_heads: int, rows: int = _BLOCK_ROWS) -> Iterator[Block]:
     """Cut the queries so that each block skips the keys that lie in the future of all its rows."""
     offset = 0
-    for first in range(0, num_queries, _BLOCK_ROWS):
-        last = min(first + _BLOCK_ROWS, num_queries)
+    for first in range(0, num_queries, rows):
+        last = min(first + rows, num_queries)
         seen = num_keys - num_queries + last
         yield Block(first, last, seen, offset, num_heads)
         offset += num_heads * (last - first) * seen
+
+
+def _scores(block: Block, query_XTK: Tensor, key_XSK: Tensor, scale: float, future: Tensor) -> Tensor:
+    """[X, rows, seen], the scaled products of a block's queries, minus infinity for the keys after each."""
+    rows = block.last - block.first
+    scores = torch.bmm(query_XTK[:, block.first : block.last], key_XSK[:, : block.seen].mT).mul_(scale)
+    scores[:, :, block.seen - rows :] += future[:rows, :rows]
+    return scores
 
 
 def _kept_size(num_queries: int, num_keys: int, num_heads: int) -> int:
@@ -157,11 +185,8 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     kept = query.new_empty(num_sequences * _kept_size(num_queries, key.shape[1], num_heads))
     future = torch.full((_BLOCK_ROWS, _BLOCK_ROWS), float("-inf"), dtype=query.dtype).triu(1)
     for block in blocks(num_queries, key.shape[1], num_heads):
-        rows = block.last - block.first
-        scores = torch.bmm(query_XTK[:, block.first : block.last], key_XSK[:, : block.seen].mT).mul_(scale)
-        scores[:, :, block.seen - rows :] += future[:rows, :rows]
         weights = block.weights(kept, num_sequences)
-        torch.softmax(scores, dim=-1, out=weights)
+        torch.softmax(_scores(block, query_XTK, key_XSK, scale, future), dim=-1, out=weights)
         out_XTU[:, block.first : block.last] = torch.bmm(weights, value_XSU[:, : block.seen])
     return out_XTU.unflatten(0, (num_sequences, num_heads)).transpose(1, 2).contiguous(), kept
 

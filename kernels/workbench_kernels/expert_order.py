@@ -4,6 +4,7 @@ Letters: N tokens, A experts per token, M rows sorted by expert (N * A of them, 
 K width, X any width.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,8 @@ def sort_by_expert(indices: Tensor, num_experts: int, *, unit: int = 1) -> Order
         ValueError: an index lies outside 0..num_experts-1.
     """
     pairs = indices.reshape(-1)
-    if pairs.numel() and not 0 <= (bounds := torch.stack(pairs.aminmax()).tolist())[0] <= bounds[1] < num_experts:
-        raise ValueError(f"indices span {bounds[0]}..{bounds[1]} and must lie in 0..{num_experts - 1}")
+    if pairs.numel():
+        check_experts(torch.stack(pairs.aminmax()).tolist(), num_experts)
     sorted_pairs = pairs.to(torch.int32).argsort(stable=True)
     counts_E = pairs.bincount(minlength=num_experts)
     padded_E = (counts_E + unit - 1).div(unit, rounding_mode="floor") * unit
@@ -54,6 +55,12 @@ def sort_by_expert(indices: Tensor, num_experts: int, *, unit: int = 1) -> Order
     filled_M[rows] = True
     padding_P = (~filled_M).nonzero().squeeze(1)
     return Order(pair_M, row_of_pair.view(indices.shape), padded_E.cumsum(0, dtype=torch.int32), padding_P)
+
+
+def check_experts(span: Sequence[int], num_experts: int) -> None:
+    """Refuse a smallest or largest index that names no expert."""
+    if not 0 <= span[0] <= span[1] < num_experts:
+        raise ValueError(f"indices span {span[0]}..{span[1]} and must lie in 0..{num_experts - 1}")
 
 
 def take_rows(x: Tensor, order: Order, out: Tensor | None = None) -> Tensor:

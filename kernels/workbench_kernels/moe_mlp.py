@@ -14,6 +14,7 @@ from workbench_kernels.expert_order import (
     Order,
     add_bias_,
     bias_of_rows,
+    check_experts,
     group_sums,
     group_unit,
     sort_by_expert,
@@ -21,7 +22,9 @@ from workbench_kernels.expert_order import (
 )
 from workbench_kernels.gated import SWIGLU, GatedActivation
 from workbench_kernels.grouped_mm import rows_by_experts, rows_by_rows
-from workbench_kernels.tier import resolve
+from workbench_kernels.tier import resolve, unwatched
+
+FEW_PAIRS = 64  # up to here a product for each chosen expert costs less than sorting and torch's grouped product
 
 
 def moe_mlp(
@@ -60,6 +63,10 @@ def moe_mlp(
     _check_biases(x, w13, w2, b13, b2)
     if resolve("moe_mlp", impl, x.device, x.dtype) == "reference":
         return reference(x, w13, w2, indices, weights, b13=b13, b2=b2, activation=activation)
+    if x.device.type == "cpu" and unwatched(x, w13, w2, weights, b13, b2):
+        if 0 < indices.numel() <= FEW_PAIRS:
+            return few_pairs(x, w13, w2, indices, weights, b13, b2, activation)
+        return _forward(x, w13, w2, indices, weights, b13, b2, activation)[0]
     return _moe_mlp(x, w13, w2, indices, weights, b13, b2, *activation)[0]
 
 
@@ -82,6 +89,42 @@ def reference(
         y = F.linear(activation(gate, up), w2[expert], None if b2 is None else b2[expert])
         out = out.index_add(0, token, (y * weights[token, slot, None]).to(out.dtype))
     return out.to(x.dtype)
+
+
+def few_pairs(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    activation: GatedActivation,
+) -> Tensor:
+    """The torch form for a step of decoding: one product for each expert that is chosen, and none for the others."""
+    pairs, num_slots = indices.flatten().tolist(), indices.shape[1]
+    check_experts((min(pairs), max(pairs)), w13.shape[0])
+    # A single token's rows may stay as its slots are; those of several are sorted by expert.
+    order = list(range(len(pairs))) if len(x) == 1 else sorted(range(len(pairs)), key=pairs.__getitem__)
+    rows_MK = x.expand(len(pairs), -1) if len(x) == 1 else x[torch.tensor([pair // num_slots for pair in order])]
+    experts = [pairs[pair] for pair in order]
+    starts = [i for i in range(len(experts)) if i == 0 or experts[i] != experts[i - 1]]
+    groups = [(experts[i], slice(i, j)) for i, j in zip(starts, [*starts[1:], len(experts)], strict=True)]
+
+    gate_up_M2F, y_MK = x.new_empty(len(pairs), w13.shape[1]), x.new_empty(len(pairs), x.shape[1])
+    for expert, rows in groups:
+        torch.mm(rows_MK[rows], w13[expert].t(), out=gate_up_M2F[rows])
+    if b13 is not None:
+        gate_up_M2F += b13[experts]
+    hidden_MF = activation(*gate_up_M2F.chunk(2, dim=1))
+    for expert, rows in groups:
+        torch.mm(hidden_MF[rows], w2[expert].t(), out=y_MK[rows])
+    if b2 is not None:
+        y_MK += b2[experts]
+    if len(x) == 1:
+        return torch.mm(weights.to(x.dtype), y_MK)
+    row_of_pair = sorted(range(len(order)), key=order.__getitem__)
+    return _mix(y_MK, torch.tensor(row_of_pair).view(indices.shape), weights)
 
 
 def _check(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) -> None:
@@ -121,10 +164,22 @@ def _moe_mlp(
     alpha: float,
     offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _forward(x, w13, w2, indices, weights, b13, b2, GatedActivation(limit, alpha, offset))
+
+
+def _forward(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    activation: GatedActivation,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output and, for backward, the gate and up products and the order of the rows."""
     unit = group_unit(x.dtype, indices.numel(), w13.shape[0])
     order = sort_by_expert(indices, w13.shape[0], unit=unit)
-    activation = GatedActivation(limit, alpha, offset)
     gate_up_M2F = rows_by_experts(take_rows(x, order), w13, order.offs_E)
     add_bias_(gate_up_M2F, b13, order.offs_E)
     gate_MF, up_MF = gate_up_M2F.chunk(2, dim=1)

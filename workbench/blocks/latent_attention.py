@@ -146,13 +146,17 @@ def absorbed_attention(
 
     All heads then read one shared key/value of width C + R, as in multi-query attention.
     """
-    key_width = query.nope.shape[-1]
+    num_sequences, num_queries, num_heads, key_width = query.nope.shape
     up_key_HKC, up_value_HUC = up.split((key_width, up.shape[1] - key_width), dim=1)
-    query_BTHC = torch.einsum("bthk,hkc->bthc", query.nope, up_key_HKC)
-    scores_BHTS = torch.einsum("bthc,bsc->bhts", query_BTHC, latent)
-    scores_BHTS = (scores_BHTS + torch.einsum("bthr,bsr->bhts", query.rope, key_rope)) * scale
-    visible_TS = visible(query_BTHC.shape[1], latent.shape[1], latent.device)
-    statistics = torch.promote_types(scores_BHTS.dtype, torch.float32)
-    weights_BHTS = scores_BHTS.masked_fill(~visible_TS, -torch.inf).softmax(-1, dtype=statistics).to(latent.dtype)
-    mixed_BTHC = torch.einsum("bhts,bsc->bthc", weights_BHTS, latent)
-    return torch.einsum("bthc,huc->bthu", mixed_BTHC, up_value_HUC)
+    query_HNC = torch.bmm(query.nope.flatten(0, 1).transpose(0, 1), up_key_HKC)
+    # The heads of all queries stand in line before the one key/value: X = T * H rows.
+    query_BXC = query_HNC.unflatten(1, (num_sequences, num_queries)).permute(1, 2, 0, 3).flatten(1, 2)
+    by_position_BXS = torch.bmm(query.rope.flatten(1, 2), key_rope.mT)
+    scores_BXS = torch.baddbmm(by_position_BXS, query_BXC, latent.mT, beta=scale, alpha=scale)
+    if num_queries > 1:
+        hidden_TS = ~visible(num_queries, latent.shape[1], latent.device)
+        scores_BXS = scores_BXS.masked_fill(hidden_TS.repeat_interleave(num_heads, dim=0), -torch.inf)
+    statistics = torch.promote_types(scores_BXS.dtype, torch.float32)
+    mixed_BXC = torch.bmm(scores_BXS.softmax(-1, dtype=statistics).to(latent.dtype), latent)
+    mixed_HNC = mixed_BXC.unflatten(1, (num_queries, num_heads)).flatten(0, 1).transpose(0, 1)
+    return torch.bmm(mixed_HNC, up_value_HUC.mT).transpose(0, 1).unflatten(0, (num_sequences, num_queries))

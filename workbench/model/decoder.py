@@ -44,6 +44,9 @@ class Decoder(nn.Module):
     def __init__(self, config: spec.ModelConfig) -> None:
         super().__init__()
         self.config = config
+        attentions = [layer.attention for layer in (*config.layers, *config.mtp_layers)]
+        self.attentions = list(dict.fromkeys(attentions))
+        self.attention_of_layer = [self.attentions.index(attention) for attention in attentions]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(build_layer(config, layer, config.hyper_connections) for layer in config.layers)
         self.hc_head = None
@@ -84,44 +87,48 @@ class Decoder(nn.Module):
             hidden = hidden.unsqueeze(2).expand(-1, -1, self.config.hyper_connections.hc_mult, -1)
         routing: list[Routing | None] = []
         caches = [None] * len(self.layers) if cache is None else cache.layers
-        for layer, layer_spec, kept in zip(self.layers, self.config.layers, caches, strict=True):
-            hidden, layer_routing = layer(hidden, turns[layer_spec.attention], kept, tokens)
+        for layer, turn, kept in zip(self.layers, turns[: len(self.layers)], caches, strict=True):
+            hidden, layer_routing = layer(hidden, turn, kept, tokens)
             routing.append(layer_routing)
         hidden_BTD = self.norm(hidden if self.hc_head is None else self.hc_head(hidden))
         mtp_logits: list[Tensor] = []
         if cache is None and len(self.mtp_layers) > 0:
             known = tokens if lookahead is None else torch.cat((tokens, lookahead), dim=1)
-            mtp_logits = self.predict_further(hidden_BTD, known, turns, routing)
+            mtp_logits = self.predict_further(hidden_BTD, known, turns[len(self.layers) :], routing)
         return DecoderOutput(self.lm_head(hidden_BTD), tuple(mtp_logits), tuple(routing), hidden_BTD)
 
     def predict_further(
         self,
         hidden: Float[Tensor, "B T D"],
         known: Int[Tensor, "B _"],
-        turns: dict[spec.Attention, Rotation],
+        turns: tuple[Rotation, ...],
         routing: list[Routing | None],
     ) -> list[Float[Tensor, "B _ V"]]:
         """Logits of every further depth; appends how their layers routed to `routing`."""
         logits = []
-        for depth, (layer, layer_spec) in enumerate(zip(self.mtp_layers, self.config.mtp_layers, strict=True), start=1):
+        for depth, (layer, turn) in enumerate(zip(self.mtp_layers, turns, strict=True), start=1):
             covered = min(hidden.shape[1], known.shape[1] - depth)
             if covered < 1:
                 break
             embedding = self.embed_tokens(known[:, depth : depth + covered])
-            turn = Rotation(*(part[:covered] for part in turns[layer_spec.attention]))
-            hidden, layer_routing = layer(hidden[:, :covered], embedding, turn)
+            covered_turn = Rotation(*(part[:covered] for part in turn))
+            hidden, layer_routing = layer(hidden[:, :covered], embedding, covered_turn)
             logits.append(self.lm_head(hidden))
             routing.append(layer_routing)
         return logits
 
-    def rotations(self, positions: Int[Tensor, " T"]) -> dict[spec.Attention, Rotation]:
-        """The turn at each position for every attention that the layers use."""
+    def rotations(self, positions: Int[Tensor, " T"]) -> tuple[Rotation, ...]:
+        """The turn at each position for every layer, MTP layers last; layers whose attention is the same share it."""
         dtype = torch.promote_types(self.embed_tokens.weight.dtype, torch.float32)
-        turns: dict[spec.Attention, Rotation] = {}
-        for attention in {layer.attention for layer in (*self.config.layers, *self.config.mtp_layers)}:
-            angles_per_position = rotary_frequencies(attention, dtype, positions.device)
-            turns[attention] = rotation(positions, angles_per_position, scale=rotation_scale(attention.rope.scaling))
-        return turns
+        turns = [
+            rotation(
+                positions,
+                rotary_frequencies(attention, dtype, positions.device),
+                scale=rotation_scale(attention.rope.scaling),
+            )
+            for attention in self.attentions
+        ]
+        return tuple(turns[i] for i in self.attention_of_layer)
 
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype | None = None) -> DecoderCache:
         """An empty cache for `max_length` tokens of `batch_size` sequences, on the model's device.

@@ -31,7 +31,6 @@ class Generation(NamedTuple):
     seconds: float
 
 
-@torch.no_grad()
 def generate(
     decoder: Decoder,
     tokens: Int[Tensor, "B T"],
@@ -76,8 +75,9 @@ def generate(
     began = time.perf_counter()
     if not speculate:
         longer, cache_bytes = continue_plainly(decoder, tokens, max_new_tokens, **settings)
-        return Generation(longer, cache_bytes, max_new_tokens, 1.0, (), time.perf_counter() - began)
-    spoken = [speak(decoder, row[None], max_new_tokens, **settings) for row in tokens]
+        return Generation(longer.clone(), cache_bytes, max_new_tokens, 1.0, (), time.perf_counter() - began)
+    with torch.inference_mode():
+        spoken = [speak(decoder, row[None], max_new_tokens, **settings) for row in tokens]
     steps = sum(one.steps for one in spoken)
     drafted_M = torch.stack([one.drafted for one in spoken]).sum(0)
     accepted_M = torch.stack([one.accepted for one in spoken]).sum(0)
@@ -98,6 +98,7 @@ def refuse_lost_past(config: ModelConfig) -> None:
     require(not losing, f"speculate=True takes drafts back; {losing[:1]} with a sliding_window cannot")
 
 
+@torch.inference_mode()
 def continue_plainly(
     decoder: Decoder,
     tokens: Int[Tensor, "B T"],

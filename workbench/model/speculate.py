@@ -54,7 +54,7 @@ class Drafter:
         for depth in range(1, count + 1):
             layer, cache = self.decoder.mtp_layers[depth - 1], self.caches[depth - 1]
             first = cache.length
-            turn = turns[self.decoder.config.mtp_layers[depth - 1].attention]
+            turn = turns[len(self.decoder.layers) + depth - 1]
             hidden_BTD, _ = layer(
                 self.hidden[depth - 1][:, first:end],
                 self.decoder.embed_tokens(tokens[:, first + depth : end + depth]),
