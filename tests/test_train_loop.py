@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from published_models import BUILT
 from tiny import tiny_recipe
 
+from workbench.model.config import LatentAttention, SparseLatentAttention
 from workbench.text import BytePairs
 from workbench.train.events import Change, Checkpoint, Evaluation, Event, Spike, Step
 from workbench.train.loop import apply_change, due_after, train
@@ -174,6 +176,55 @@ def test_resuming_from_parts_continues_bitwise(balance) -> None:
     resumed = list(train(recipe, TrainState.from_parts(recipe, *saved)))
     assert losses_of(resumed) == losses_of(events)[3:]
     np.testing.assert_array_equal(steps_of(resumed)[-1].bias_LE, steps_of(events)[-1].bias_LE)
+
+
+def sparse_recipe(**changes: object) -> Recipe:
+    """Two layers and a prediction layer with sparse attention that reads 6 of at most 32 tokens."""
+    recipe = tiny_recipe(steps=6, batch_size=8, sequence_length=24)
+    latent = recipe.model.layers[0].attention
+    assert isinstance(latent, LatentAttention)
+    sparse = SparseLatentAttention(latent=latent, index_n_heads=3, index_head_dim=8, index_topk=6)
+    stacks = {
+        name: tuple(replace(layer, attention=sparse) for layer in getattr(recipe.model, name))
+        for name in ("layers", "mtp_layers")
+    }
+    return replace(recipe, model=replace(recipe.model, **stacks), **changes)
+
+
+def compressed_recipe() -> Recipe:
+    """DeepSeek-V4 in small: nothing teaches its indexer."""
+    model = replace(BUILT["deepseek_v4"], vocab_size=256)
+    return tiny_recipe(model=model, balance=NoBalance())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recipe", [sparse_recipe(), sparse_recipe(indexer_weight=0.0), compressed_recipe()])
+def test_resuming_weights_that_nothing_trains_continues_bitwise(recipe: Recipe, dtype: str) -> None:
+    recipe = replace(recipe, dtype=dtype)
+    events, saved = [], None
+    for event in train(recipe):
+        events.append(event)
+        if isinstance(event, Checkpoint) and event.step == 3:
+            tensors, values = event.state.parts()
+            saved = {name: tensor.clone() for name, tensor in tensors.items()}, values
+            fresh = TrainState(recipe).master
+            for name, weight in event.state.master.items():
+                assert torch.equal(weight, fresh[name]) == (name in values["without_moments"]), name
+    assert saved is not None
+    idle = saved[1]["without_moments"]
+    assert all("indexer" in name for name in idle)
+    taught = recipe.indexer_weight > 0 and isinstance(recipe.model.layers[0].attention, SparseLatentAttention)
+    assert bool(idle) == (not taught)
+    resumed = list(train(recipe, TrainState.from_parts(recipe, *saved)))
+    assert losses_of(resumed) == losses_of(events)[3:]
+
+
+def test_the_indexers_learn_from_what_attention_reads() -> None:
+    ends = {}
+    for weight in (0.0, 1.0):
+        steps = steps_of(list(train(sparse_recipe(steps=80, evaluate_every=80, indexer_weight=weight))))
+        ends[weight] = np.mean([step.losses_nats["indexer"] for step in steps[-10:]])
+    assert 0 < ends[1.0] < 0.5 * ends[0.0]
 
 
 def test_a_state_with_an_entry_missing_or_wrong_is_refused() -> None:

@@ -222,6 +222,8 @@ def test_a_corpus_that_is_no_mixture_is_refused() -> None:
     [
         ({"z_weight": 0.25}, lambda t: t.next_token + 0.25 * t.z + 0.3 * t.mtp[0]),
         ({"mtp_weight": 0.5}, lambda t: t.next_token + 0.5 * t.mtp[0]),
+        ({"mtp_weight": 0.0, "indexer_weight": 0.5}, lambda t: t.next_token + 0.5 * t.indexer),
+        ({"mtp_weight": 0.0, "indexer_weight": 0.0}, lambda t: t.next_token),
         ({"balance": AuxiliaryLoss(coefficient=0.5)}, lambda t: t.next_token + 0.3 * t.mtp[0] + 0.5 * t.balance),
         (
             {"balance": LossFreeBias(sequence_coefficient=0.5)},
@@ -230,7 +232,8 @@ def test_a_corpus_that_is_no_mixture_is_refused() -> None:
     ],
 )
 def test_the_objective_weighs_every_term(changes: dict, expected) -> None:
-    terms = LossTerms(torch.tensor(2.0), (torch.tensor(3.0),), torch.tensor(5.0), torch.tensor(7.0))
+    indexer = torch.tensor(11.0) if "indexer_weight" in changes else None
+    terms = LossTerms(torch.tensor(2.0), (torch.tensor(3.0),), torch.tensor(5.0), torch.tensor(7.0), indexer)
     assert float(weigh(terms, tiny_recipe(**changes))) == pytest.approx(float(expected(terms)))
 
 

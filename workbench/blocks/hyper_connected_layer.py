@@ -39,7 +39,8 @@ class HyperConnectedLayer(TransformerLayer):
     ) -> LayerOutput:
         """`hidden` are the streams; `tokens` the ids, which only a hash router reads."""
         connection = self.attn_hc(hidden)
-        hidden = write_back(hidden, self.attend(connection.collapsed, turn, cache), connection)
+        attended_BTD, reading = self.attend(connection.collapsed, turn, cache)
+        hidden = write_back(hidden, attended_BTD, connection)
         connection = self.ffn_hc(hidden)
         fed_BTD, routing = self.feed(connection.collapsed, tokens)
-        return LayerOutput(write_back(hidden, fed_BTD, connection), routing)
+        return LayerOutput(write_back(hidden, fed_BTD, connection), routing, reading)

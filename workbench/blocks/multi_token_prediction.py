@@ -38,4 +38,4 @@ class MultiTokenPrediction(nn.Module):
     ) -> LayerOutput:
         joined_BTD = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
         output = self.layer(joined_BTD, turn, cache)
-        return LayerOutput(self.norm(output.hidden), output.routing)
+        return output._replace(hidden=self.norm(output.hidden))

@@ -23,10 +23,14 @@ LayerCache = (
 
 
 class LayerOutput(NamedTuple):
-    """The residual stream or streams after a layer, and how its mixture routed (None without experts)."""
+    """The residual stream or streams after a layer, how its mixture routed, and what its sparse attention read.
+
+    The latter two are None in a layer without experts, and in one whose attention has no indexer over tokens.
+    """
 
     hidden: Float[Tensor, "B T *streams D"]
     routing: Routing | None
+    reading: SparseAttention | None = None
 
 
 class TransformerLayer(nn.Module):
@@ -50,19 +54,23 @@ class TransformerLayer(nn.Module):
         tokens: Int[Tensor, "B T"] | None = None,
     ) -> LayerOutput:
         """`tokens` are the ids, which only a hash router reads."""
-        hidden = hidden + self.attend(hidden, turn, cache)
+        attended_BTD, reading = self.attend(hidden, turn, cache)
+        hidden = hidden + attended_BTD
         further_BTD, routing = self.feed(hidden, tokens)
-        return LayerOutput(hidden + further_BTD, routing)
+        return LayerOutput(hidden + further_BTD, routing, reading)
 
-    def attend(self, x: Float[Tensor, "B T D"], turn: Rotation, cache: LayerCache | None) -> Float[Tensor, "B T D"]:
-        """What attention adds to the residual stream `x`."""
+    def attend(
+        self, x: Float[Tensor, "B T D"], turn: Rotation, cache: LayerCache | None
+    ) -> tuple[Float[Tensor, "B T D"], SparseAttention | None]:
+        """What attention adds to the residual stream `x`, and what a sparse one read."""
         attended = self.self_attn(self.input_layernorm(x), turn, cache)
-        return attended.hidden if isinstance(attended, SparseAttention) else attended
+        return (attended.hidden, attended) if isinstance(attended, SparseAttention) else (attended, None)
 
-    def feed(self, x: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"] | None) -> LayerOutput:
+    def feed(
+        self, x: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"] | None
+    ) -> tuple[Float[Tensor, "B T D"], Routing | None]:
         """What the feed-forward adds to the residual stream `x`, and how it routed."""
         normed_BTD = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MixtureOfExperts):
-            mixture = self.mlp(normed_BTD, tokens)
-            return LayerOutput(mixture.hidden, mixture.routing)
-        return LayerOutput(self.mlp(normed_BTD), None)
+            return self.mlp(normed_BTD, tokens)
+        return self.mlp(normed_BTD), None

@@ -151,9 +151,11 @@ def decoder(folder: str | Path, step: int | None = None, *, device: str = "cpu")
     folder = Path(folder)
     Tail(folder)
     recipe = replace(Recipe.from_json((folder / "recipe.json").read_text()), dtype="float32", device=device)
-    # A state at step 0 has no moments: they are twice the weights, and nothing reads them here.
-    _, tensors, values = checkpoint.load(folder, step, prefixes=("parameter.", "buffer."))
-    return TrainState.from_parts(recipe, tensors, {**values, "step": 0}).decoder.eval()
+    # Without moments: they are twice the weights, and nothing reads them here.
+    _, tensors, _ = checkpoint.load(folder, step, prefixes=("parameter.", "buffer."))
+    state = TrainState(recipe)
+    state.fill(tensors)
+    return state.decoder.eval()
 
 
 def fingerprint(decoder: Decoder) -> str:

@@ -13,6 +13,7 @@ from workbench.blocks.multi_token_prediction import MultiTokenPrediction
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation, rotation
 from workbench.blocks.router import Routing
+from workbench.blocks.sparse_latent_attention import SparseAttention
 from workbench.model import config as spec
 from workbench.model.build import build_layer
 from workbench.model.decoder_cache import DecoderCache, LayerCache, build_cache
@@ -25,13 +26,15 @@ class DecoderOutput(NamedTuple):
 
     `logits` predict the next token; `mtp_logits[k-1]` the token k+1 ahead, from the k-th depth (shorter by k, as the
     last k positions lack the token that the depth reads). `routing` has one entry per layer, MTP layers last, None
-    where a layer has no experts. `hidden` is the last hidden state after the final norm.
+    where a layer has no experts. `hidden` is the last hidden state after the final norm. `reading` has what each layer
+    with an indexer over tokens read (V3.2), MTP layers last; () of a pass with a cache.
     """
 
     logits: Float[Tensor, "B T V"]
     mtp_logits: tuple[Float[Tensor, "B _ V"], ...]
     routing: tuple[Routing | None, ...]
     hidden: Float[Tensor, "B T D"]
+    reading: tuple[SparseAttention, ...] = ()
 
 
 class Decoder(nn.Module):
@@ -86,16 +89,19 @@ class Decoder(nn.Module):
         if self.config.hyper_connections is not None:  # every stream begins as the embedding
             hidden = hidden.unsqueeze(2).expand(-1, -1, self.config.hyper_connections.hc_mult, -1)
         routing: list[Routing | None] = []
+        reading: list[SparseAttention] = []
         caches = [None] * len(self.layers) if cache is None else cache.layers
         for layer, turn, kept in zip(self.layers, turns[: len(self.layers)], caches, strict=True):
-            hidden, layer_routing = layer(hidden, turn, kept, tokens)
+            hidden, layer_routing, layer_reading = layer(hidden, turn, kept, tokens)
             routing.append(layer_routing)
+            if layer_reading is not None and cache is None:
+                reading.append(layer_reading)
         hidden_BTD = self.norm(hidden if self.hc_head is None else self.hc_head(hidden))
         mtp_logits: list[Tensor] = []
         if cache is None and len(self.mtp_layers) > 0:
             known = tokens if lookahead is None else torch.cat((tokens, lookahead), dim=1)
-            mtp_logits = self.predict_further(hidden_BTD, known, turns[len(self.layers) :], routing)
-        return DecoderOutput(self.lm_head(hidden_BTD), tuple(mtp_logits), tuple(routing), hidden_BTD)
+            mtp_logits = self.predict_further(hidden_BTD, known, turns[len(self.layers) :], routing, reading)
+        return DecoderOutput(self.lm_head(hidden_BTD), tuple(mtp_logits), tuple(routing), hidden_BTD, tuple(reading))
 
     def predict_further(
         self,
@@ -103,8 +109,9 @@ class Decoder(nn.Module):
         known: Int[Tensor, "B _"],
         turns: tuple[Rotation, ...],
         routing: list[Routing | None],
+        reading: list[SparseAttention],
     ) -> list[Float[Tensor, "B _ V"]]:
-        """Logits of every further depth; appends how their layers routed to `routing`."""
+        """Logits of every further depth; appends how their layers routed to `routing`, what they read to `reading`."""
         logits = []
         for depth, (layer, turn) in enumerate(zip(self.mtp_layers, turns, strict=True), start=1):
             covered = min(hidden.shape[1], known.shape[1] - depth)
@@ -112,9 +119,11 @@ class Decoder(nn.Module):
                 break
             embedding = self.embed_tokens(known[:, depth : depth + covered])
             covered_turn = Rotation(*(part[:covered] for part in turn))
-            hidden, layer_routing = layer(hidden[:, :covered], embedding, covered_turn)
+            hidden, layer_routing, layer_reading = layer(hidden[:, :covered], embedding, covered_turn)
             logits.append(self.lm_head(hidden))
             routing.append(layer_routing)
+            if layer_reading is not None:
+                reading.append(layer_reading)
         return logits
 
     def rotations(self, positions: Int[Tensor, " T"]) -> tuple[Rotation, ...]:

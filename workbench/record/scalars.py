@@ -37,11 +37,11 @@ def scalars_of(event: Step) -> dict[str, float]:
 def display_order(name: str) -> tuple[int, int, str]:
     """Sort key of series names: losses, sums, settings, epochs."""
     if name in _AFTER_LOSSES:
-        return (4, _AFTER_LOSSES.index(name), name)
+        return (5, _AFTER_LOSSES.index(name), name)
     if name.startswith("epochs/"):
-        return (5, 0, name)
+        return (6, 0, name)
     depth = re.fullmatch(r"mtp_(\d+)", name)
     if depth:
         return (1, int(depth[1]), name)
-    rank = {"next_token": 0, "balance": 2, "z": 3}
-    return (rank.get(name, 3), 1 if name not in rank else 0, name)
+    rank = {"next_token": 0, "balance": 2, "z": 3, "indexer": 4}
+    return (rank.get(name, 4), 1 if name not in rank else 0, name)

@@ -188,13 +188,17 @@ def balance_per(recipe: Recipe) -> int | None:
 
 
 def weigh(terms: LossTerms, recipe: Recipe) -> Tensor:
-    """The objective: next token + mtp_weight / M x sum of depths + coefficient x balance + z_weight x z.
+    """The objective: next token + mtp_weight / M x sum of depths + coefficient x balance + z_weight x z, and so on.
+
+    The indexers' term trains the indexers and nothing else, the others all but the indexers.
 
     Source: DeepSeek-V3, arXiv 2412.19437, equation 25 (the mean over depths).
     """
     objective = terms.next_token + recipe.z_weight * terms.z
     if terms.mtp:
         objective = objective + recipe.mtp_weight * torch.stack(terms.mtp).mean()
+    if terms.indexer is not None and recipe.indexer_weight > 0:
+        objective = objective + recipe.indexer_weight * terms.indexer
     match recipe.balance:
         case AuxiliaryLoss(coefficient=coefficient) | LossFreeBias(sequence_coefficient=coefficient):
             objective = objective + coefficient * terms.balance

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.blocks.balance import balance_loss
+from workbench.blocks.indexer_loss import indexer_loss
 from workbench.model.decoder import DecoderOutput
 
 
@@ -18,17 +19,20 @@ class LossTerms(NamedTuple):
 
     `mtp[k-1]` is the mean cross-entropy of depth k over the positions whose target lies in the same document.
     `balance` is the sum over expert layers of a balance loss that is 1 at perfect balance (0 when none is asked for).
+    `indexer` is the sum over layers of what their lightning indexers are taught by; None in a model without any.
     """
 
     next_token: Float[Tensor, ""]
     mtp: tuple[Float[Tensor, ""], ...]
     balance: Float[Tensor, ""]
     z: Float[Tensor, ""]
+    indexer: Float[Tensor, ""] | None = None
 
     def named(self) -> dict[str, float]:
-        """The values as plain numbers: `next_token`, `mtp_1`.., `balance`, `z`."""
+        """The values as plain numbers: `next_token`, `mtp_1`.., `balance`, `z`, and `indexer` where there is one."""
         mtp = {f"mtp_{depth}": loss for depth, loss in enumerate(self.mtp, start=1)}
         terms = {"next_token": self.next_token, **mtp, "balance": self.balance, "z": self.z}
+        terms |= {} if self.indexer is None else {"indexer": self.indexer}
         return {name: float(term.detach()) for name, term in terms.items()}
 
 
@@ -44,7 +48,8 @@ def loss_terms(
     `balance_per`: the number of sequences that balance is judged over: 1 the whole batch at once, B each sequence by
     itself; None leaves the term at 0. The z term is the mean squared log-partition of the next-token logits.
 
-    Source: DeepSeek-V3, arXiv 2412.19437, section 2.2 (MTP); PaLM, arXiv 2204.02311, section 5 (z).
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.2 (MTP); PaLM, arXiv 2204.02311, section 5 (z);
+    DeepSeek-V3.2-Exp report, section 2.1, equation 4 (indexer).
     """
     length = output.logits.shape[1]
     logits_NV = output.logits.flatten(0, 1).to(torch.promote_types(output.logits.dtype, torch.float32))
@@ -58,7 +63,14 @@ def loss_terms(
         for routing in output.routing:
             if routing is not None:
                 balance = balance + balance_loss(routing, balance_per)
-    return LossTerms((partition_N - picked_N).mean(), mtp, balance, partition_N.square().mean())
+    indexer = [indexer_loss(x.index_scores, x.attention, x.selected) for x in output.reading]
+    return LossTerms(
+        (partition_N - picked_N).mean(),
+        mtp,
+        balance,
+        partition_N.square().mean(),
+        torch.stack(indexer).sum() if indexer else None,
+    )
 
 
 def mtp_loss(

@@ -66,7 +66,8 @@ class Recipe:
     An update takes `batch_size` x `accumulation_steps` sequences of `sequence_length` positions. With
     `dtype="bfloat16"` the passes compute in bfloat16 while weights and optimizer stay float32. `num_threads=None`
     leaves torch's thread count as it is; results are bitwise repeatable at an equal count only, so a live run replaces
-    it by that number, records it, and resumes with it.
+    it by that number, records it, and resumes with it. `indexer_weight` weighs what V3.2's lightning indexers learn
+    from, next to the attention that they serve; without such a model, and at 0, nothing is added.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Recipe:
     balance: NoBalance | AuxiliaryLoss | LossFreeBias = field(default_factory=LossFreeBias)
     mtp_weight: float = 0.3
     z_weight: float = 0.0
+    indexer_weight: float = 1.0
     evaluate_every: int = 50
     evaluation_batches: int = 8
     checkpoint_every: int = 200
@@ -117,6 +119,7 @@ class Recipe:
         )
         require(self.mtp_weight >= 0, f"mtp_weight={self.mtp_weight} must be 0 or more")
         require(self.z_weight >= 0, f"z_weight={self.z_weight} must be 0 or more")
+        require(self.indexer_weight >= 0, f"indexer_weight={self.indexer_weight} must be 0 or more")
         require(self.sample_temperature >= 0, f"sample_temperature={self.sample_temperature} must be 0 or more")
         require(0 < self.sample_top_p <= 1, f"sample_top_p={self.sample_top_p} must lie in (0, 1]")
         require(self.sample_tokens >= 0, f"sample_tokens={self.sample_tokens} must be 0 or more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ class TrainState:
     The data position is `step` itself: batches are a pure function of it. Training draws no random numbers after the
     initial weights, so there is no generator to keep. `learning_rate_anchor` is the last change (its step and value);
     `balance_speed` is None where no bias balances.
+    A weight that no term of the objective reaches has no moments, and no update moves it.
     With a bfloat16 recipe `decoder` computes and `master` holds the float32 weights that the optimizer moves.
     """
 
@@ -51,6 +53,7 @@ class TrainState:
             "learning_rate_anchor": list(self.learning_rate_anchor) if self.learning_rate_anchor else None,
             "balance_speed": self.balance_speed,
             "recent_losses": list(self.recent_losses),
+            "without_moments": [name for name, p in self.master.items() if not self.optimizer.state.get(p)],
         }
         return tensors, values
 
@@ -63,18 +66,8 @@ class TrainState:
         """
         state = cls(recipe)
         _require_equal_keys(state.parts()[1].keys(), values.keys(), "value")
-        if values["step"] > 0:
-            state.allocate_moments()
-        wanted_tensors, _ = state.parts()
-        _require_equal_keys(wanted_tensors.keys(), tensors.keys(), "tensor")
-        with torch.no_grad():
-            for name, tensor in wanted_tensors.items():
-                if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
-                    raise ValueError(
-                        f"saved tensor {name} is {_describe(tensors[name])}; this recipe needs {_describe(tensor)}"
-                    )
-                tensor.copy_(tensors[name])
-        state.copy_master_to_decoder()
+        state.allocate_moments(without=values["without_moments"])
+        state.fill(tensors)
         state.step = values["step"]
         state.tokens_seen = values["tokens_seen"]
         anchor = values["learning_rate_anchor"]
@@ -85,6 +78,23 @@ class TrainState:
             if parameter in state.optimizer.state:
                 state.optimizer.state[parameter]["step"].fill_(state.step)
         return state
+
+    @torch.no_grad()
+    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy saved tensors into those that there are: weights and buffers, and moments once they are allocated.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or has another shape than the recipe's model gives it.
+        """
+        wanted, _ = self.parts()
+        _require_equal_keys(wanted.keys(), tensors.keys(), "tensor")
+        for name, tensor in wanted.items():
+            if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
+                raise ValueError(
+                    f"saved tensor {name} is {_describe(tensors[name])}; this recipe needs {_describe(tensor)}"
+                )
+            tensor.copy_(tensors[name])
+        self.copy_master_to_decoder()
 
     @classmethod
     def from_decoder(cls, recipe: Recipe, decoder: Decoder) -> TrainState:
@@ -106,9 +116,11 @@ class TrainState:
         state.copy_master_to_decoder()
         return state
 
-    def allocate_moments(self) -> None:
-        """Give every parameter zero moments, as the first update would."""
-        for parameter in self.master.values():
+    def allocate_moments(self, *, without: Sequence[str] = ()) -> None:
+        """Give every parameter but those named in `without` zero moments, as the first update would."""
+        for name, parameter in self.master.items():
+            if name in without:
+                continue
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),

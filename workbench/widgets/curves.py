@@ -111,7 +111,7 @@ def _loss(snapshot: Snapshot) -> Lines:
 def _terms(snapshot: Snapshot) -> Lines:
     lines: list[Line] = []
     for name in snapshot.series:
-        if not (name in ("next_token", "balance", "z") or name.startswith("mtp_")):
+        if not (name in ("next_token", "balance", "z", "indexer") or name.startswith("mtp_")):
             continue
         steps, values = _series(snapshot, name)
         # A term that is switched off is zero and has no place on a logarithmic axis.
