@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Op = Callable[..., Tensor]
+Pair = Callable[..., tuple[Tensor, Tensor]]
 
 ODD_SIZES = (1, 60, 129)
 
@@ -35,6 +36,20 @@ def assert_obeys_rule(candidate: Op, reference: Op, inputs: Sequence[Tensor]) ->
         assert_exact(name, ours, theirs, truth)
 
 
+def assert_obeys_rule_of_sum(candidate: Pair, reference: Pair, x: Tensor, residual: Tensor, weight: Tensor) -> None:
+    """The rule for a norm of a sum, whose two outputs both lead on: each in turn, and both together."""
+    for coefficients in ((1.0, 0.0), (0.0, 1.0), (0.5, 2.0)):
+
+        def mixed(op: Pair, coefficients: tuple[float, float] = coefficients) -> Op:
+            def of_both(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+                y, total = op(x, residual, weight)
+                return torch.cat((coefficients[0] * y, coefficients[1] * total))
+
+            return of_both
+
+        assert_obeys_rule(mixed(candidate), mixed(reference), (x, residual, weight))
+
+
 def assert_exact(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
     """The error of `ours` is at most twice that of `theirs`, plus two roundings of the largest value."""
     if truth.numel():
@@ -55,6 +70,16 @@ def without_gradients(op: Op, inputs: Sequence[Tensor]) -> Tensor:
     """The output of `op` where nothing is recorded."""
     with torch.inference_mode():
         return op(*inputs).clone()
+
+
+def turned(op: Op, interleaved: bool, cos: Tensor, sin: Tensor) -> Op:
+    """A rotation as a function of what it turns; every run of the rule has the same angles."""
+
+    def turn(x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return op(x, cos.to(wide), sin.to(wide), interleaved=interleaved)
+
+    return turn
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -8,23 +8,25 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from workbench_kernels.fused import rms_norm
+from workbench_kernels.fused import rms_norm, rope
 from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, compile_case
 from workbench_kernels.tier import FUSED_OPS
 
-CASES = {"rms_norm": rms_norm.cases()}
+CASES = {"rms_norm": rms_norm.cases(), "rope": rope.cases()}
+# The constant by which the tiles of an op are ordered.
+SIZES = {"rms_norm": "BLOCK_D", "rope": "BLOCK_P"}
 
 
 # One architecture of each vendor: with all four, the tests would take twice as long.
 EVERY_TILE = ("sm_90", "gfx942")
 
 
-def compiled_for(architecture: str) -> list[Case]:
+def compiled_for(op: str, architecture: str) -> list[Case]:
     """Tiles in bfloat16 and float32, with and without a masked edge: all, or else the narrowest and the widest."""
-    cases = CASES["rms_norm"]
-    widths = {case.constants["BLOCK_D"] for case in cases}
+    cases, size = CASES[op], SIZES[op]
+    widths = {case.constants[size] for case in cases}
     kept = widths if architecture in EVERY_TILE else {min(widths), max(widths)}
-    narrow = [case for case in cases if case.constants["BLOCK_D"] in kept]
+    narrow = [case for case in cases if case.constants[size] in kept]
     return [*narrow, *map(in_float32, narrow)]
 
 
@@ -36,8 +38,9 @@ def in_float32(case: Case) -> Case:
 
 PAIRS = [
     pytest.param(case, architecture, id=f"{case.name} {architecture}")
+    for op in CASES
     for architecture in SHARED_LIMIT
-    for case in compiled_for(architecture)
+    for case in compiled_for(op, architecture)
 ]
 
 
@@ -46,7 +49,7 @@ def test_every_twin_is_listed() -> None:
 
 
 @pytest.mark.parametrize(("case", "architecture"), PAIRS)
-def test_rms_norm_compiles_without_spills(case: Case, architecture: str) -> None:
+def test_compiles_without_spills(case: Case, architecture: str) -> None:
     usage = compile_case(case, architecture)
     assert usage.spills == 0
     assert usage.shared_bytes <= SHARED_LIMIT[architecture]

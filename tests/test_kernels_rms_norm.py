@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_rules import ODD_SIZES, assert_obeys_rule, results
+from kernel_rules import ODD_SIZES, assert_obeys_rule, assert_obeys_rule_of_sum, results
 from torch import Tensor
 
 from workbench_kernels import rms_norm
-from workbench_kernels.rms_norm import fits_twin, reference
+from workbench_kernels.rms_norm import NormedSum, fits_twin, reference, reference_of_sum
 from workbench_kernels.tier import resolve
 
 EPS = 1e-6
@@ -37,6 +37,44 @@ def test_obeys_the_rule(rows: int, width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_obeys_the_rule_over_many_rows(dtype: torch.dtype) -> None:
     assert_obeys_rule(auto, definition, make(20_000, 60, dtype=dtype))
+
+
+def auto_of_sum(x: Tensor, residual: Tensor, weight: Tensor) -> NormedSum:
+    return rms_norm(x, weight, EPS, residual)
+
+
+def definition_of_sum(x: Tensor, residual: Tensor, weight: Tensor) -> NormedSum:
+    return reference_of_sum(x, residual, weight, EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [0, *ODD_SIZES])
+@pytest.mark.parametrize("width", [1, 60])
+def test_a_sum_obeys_the_rule(rows: int, width: int, dtype: torch.dtype) -> None:
+    x, weight = make(rows, width, dtype=dtype)
+    assert_obeys_rule_of_sum(auto_of_sum, definition_of_sum, x, torch.randn(rows, width).to(dtype), weight)
+
+
+def test_a_sum_is_normed_as_the_residual_stream_holds_it() -> None:
+    x, weight = make(2, 3, 16, dtype=torch.bfloat16)
+    residual = torch.randn(2, 3, 16).to(torch.bfloat16)
+    for recorded in (False, True):
+        y, total = rms_norm(x.requires_grad_(recorded), weight, EPS, residual)
+        assert torch.equal(total, x + residual)
+        torch.testing.assert_close(y, rms_norm(total, weight, EPS))
+
+
+def test_gradients_of_a_sum_by_finite_differences() -> None:
+    x, weight = make(3, 5, dtype=torch.float64)
+    inputs = tuple(tensor.requires_grad_() for tensor in (x, torch.randn(3, 5, dtype=torch.float64), weight))
+    assert torch.autograd.gradcheck(auto_of_sum, inputs)
+
+
+def test_a_residual_of_another_shape_or_dtype_is_refused() -> None:
+    x, weight = make(3, 5, dtype=torch.float32)
+    for residual in (torch.ones(1, 5), torch.ones(3, 5, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"residual \(.*\) must be as x is \(torch.float32 \[3, 5\]\)"):
+            rms_norm(x, weight, EPS, residual)
 
 
 def test_takes_any_axes_and_strides() -> None:
@@ -71,6 +109,8 @@ def test_gradients_by_finite_differences() -> None:
 def test_op_is_registered_correctly(dtype: torch.dtype) -> None:
     x, weight = (tensor.requires_grad_() for tensor in make(2, 3, 16, dtype=dtype))
     torch.library.opcheck(torch.ops.workbench_kernels.rms_norm.default, (x, weight, EPS, False))
+    residual = torch.randn(2, 3, 16).to(dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.workbench_kernels.add_rms_norm.default, (x, residual, weight, EPS, False))
 
 
 def test_compiles_as_one_graph() -> None:

@@ -17,18 +17,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench_kernels import causal_attention, grouped_mm, moe_mlp, rms_norm
+from workbench_kernels import causal_attention, grouped_mm, moe_mlp, rms_norm, rope
 from workbench_kernels.causal_attention import flash
 from workbench_kernels.causal_attention import reference as causal_attention_reference
 from workbench_kernels.expert_order import sort_by_expert
 from workbench_kernels.grouped_mm import reference as grouped_mm_reference
 from workbench_kernels.moe_mlp import reference as moe_mlp_reference
 from workbench_kernels.rms_norm import reference as rms_norm_reference
+from workbench_kernels.rope import reference as rope_reference
 from workbench_kernels.tier import FUSED_OPS
 
 Op = Callable[..., Tensor]
@@ -121,6 +123,32 @@ def rms_norm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         )
 
 
+def rope_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small, large = ((8, 256, 8, 16), (1, 1024, 16, 64)), ((4, 4096, 128, 64), (4, 4096, 16, 128))
+    for sequences, length, heads, width in small if device == "cpu" else large:
+        angles = torch.randn(length, width // 2, device=device)
+        cos, sin = angles.cos(), angles.sin()
+        wide_cos, wide_sin = (torch.cat((part, part), dim=-1).unsqueeze(1).to(dtype) for part in (cos, sin))
+        x = torch.randn(sequences, length, heads, width).to(device, dtype)
+        moved = x.numel() * dtype.itemsize
+        for interleaved in (True, False):
+            definition = partial(rope_reference, cos=cos, sin=sin, interleaved=interleaved)
+            peers: dict[str, Op] = {"definition": definition}
+            if not interleaved:
+                peers["as models write it"] = lambda x, c=wide_cos, s=wide_sin: x * c + turned_half(x) * s
+            layout = "neighbours" if interleaved else "halves"
+            yield Case(
+                *("rope", f"B={sequences} T={length} H={heads} R={width} {layout}", (x,)),
+                *(partial(rope, cos=cos, sin=sin, interleaved=interleaved), definition, peers),
+                *("copy", 2.0 * moved, 2.0 * moved),
+            )
+
+
+def turned_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
 def causal_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     heads, key_width, value_width = 8, 48, 32
     scale = key_width**-0.5
@@ -146,6 +174,7 @@ CASES = {
     "grouped_mm": grouped_mm_cases,
     "moe_mlp": moe_mlp_cases,
     "rms_norm": rms_norm_cases,
+    "rope": rope_cases,
 }
 
 

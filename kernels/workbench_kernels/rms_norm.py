@@ -1,5 +1,7 @@
 """Divide every row by its root mean square."""
 
+from typing import NamedTuple, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,13 @@ from workbench_kernels.tier import resolve, unwatched
 MAX_WIDTH = 8_192  # the twin keeps a row in registers; the backward of a wider one spills
 MAX_ODD_WIDTH = 4_096
 _FEW_NUMBERS = 32_768
+
+
+class NormedSum(NamedTuple):
+    """What was normed, and the sum that it was made of: the residual stream goes on from there."""
+
+    y: Tensor
+    total: Tensor
 
 
 def width_step(width: int) -> int:
@@ -21,8 +30,14 @@ def fits_twin(width: int) -> bool:
     return width <= MAX_WIDTH and width % width_step(width) == 0
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Tensor:
-    """`weight * (x / sqrt(mean(x ** 2) + eps))` over the last axis.
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: None = None, *, impl: str = "auto") -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, *, impl: str = "auto") -> NormedSum: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, impl: str = "auto"
+) -> Tensor | NormedSum:
+    """`weight * (x / sqrt(mean(x ** 2) + eps))` over the last axis, of `x + residual` if there is a residual.
 
     The mean and the division are in float32 or wider; the quotient is rounded to the dtype of `x` before `weight`
     multiplies it, as the published implementations of DeepSeek-V3 do.
@@ -31,7 +46,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Te
         x: [..., D].
         weight: [D], of the dtype of `x`.
         eps: added to the mean square.
+        residual: of the shape and dtype of `x`; the sum is rounded to that dtype before it is normed.
         impl: "auto", "reference" or "fused"; see `workbench_kernels.tier`.
+
+    Returns:
+        What is normed, in the shape and dtype of `x`; with a residual a pair of that and the sum.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -42,7 +61,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Te
         raise ValueError(f"x {list(x.shape)} must be [..., D] and weight {list(weight.shape)} [D] with D > 0")
     if x.dtype != weight.dtype or not x.is_floating_point():
         raise ValueError(f"x ({x.dtype}) and weight ({weight.dtype}) must have one floating dtype")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual ({residual.dtype} {list(residual.shape)}) must be as x is ({x.dtype} {list(x.shape)})"
+        )
     tier = resolve("rms_norm", impl, x.device, x.dtype, fits=fits_twin(x.shape[-1]))
+    if residual is not None:
+        if tier == "reference":
+            return reference_of_sum(x, residual, weight, eps)
+        if tier == "torch" and unwatched(x, weight, residual):
+            total = x + residual
+            return NormedSum(alone(total, weight, eps), total)
+        return NormedSum(*_add_rms_norm(x, residual, weight, eps, tier == "fused")[:2])
     if tier == "reference":
         return reference(x, weight, eps)
     if tier == "torch" and unwatched(x, weight):
@@ -55,6 +85,12 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normal = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return weight * normal.to(x.dtype)
+
+
+def reference_of_sum(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> NormedSum:
+    """The definition with a residual."""
+    total = x + residual
+    return NormedSum(reference(total, weight, eps), total)
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -102,20 +138,49 @@ def _(x: Tensor, weight: Tensor, eps: float, fused: bool) -> tuple[Tensor, Tenso
     return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=wide)
 
 
+@torch.library.custom_op("workbench_kernels::add_rms_norm", mutates_args=())
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not fused:
+        total = x + residual
+        y, rstd = forward(total.reshape(-1, x.shape[-1]), weight.contiguous(), eps)
+        return y.view(x.shape), total.contiguous(), rstd
+    from workbench_kernels.fused import rms_norm as twin
+
+    rows, residual_rows = (tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (x, residual))
+    y, total, rstd = twin.forward_of_sum(rows, residual_rows, weight.contiguous(), eps)
+    return y.view(x.shape), total.view(x.shape), rstd
+
+
+@_add_rms_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=wide)
+
+
 @torch.library.custom_op("workbench_kernels::rms_norm_grad", mutates_args=())
-def _rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+def _rms_norm_grad(
+    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight; what reaches x from elsewhere, `grad_total`, is added to the former."""
     grad_rows, rows = (tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (grad, x))
     if fused:
         from workbench_kernels.fused import rms_norm as twin
 
-        grad_x, grad_weight = twin.backward(grad_rows, rows, weight.contiguous(), rstd)
-    else:
-        grad_x, grad_weight = backward(grad_rows, rows, weight, rstd)
+        further = None if grad_total is None else grad_total.reshape(-1, x.shape[-1]).contiguous()
+        grad_x, grad_weight = twin.backward(grad_rows, rows, weight.contiguous(), rstd, further)
+        return grad_x.view(x.shape), grad_weight
+    grad_x, grad_weight = backward(grad_rows, rows, weight, rstd)
+    if grad_total is not None:
+        grad_x.add_(grad_total.reshape(-1, x.shape[-1]))
     return grad_x.view(x.shape), grad_weight
 
 
 @_rms_norm_grad.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, fused: bool
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
@@ -129,7 +194,27 @@ def _save(ctx, inputs: tuple[Tensor, Tensor, float, bool], output: tuple[Tensor,
 def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 4
-    return *_rms_norm_grad(grad, *ctx.saved_tensors, ctx.fused), None, None
+    x, weight, rstd = ctx.saved_tensors
+    return *_rms_norm_grad(grad, None, x, weight, rstd, ctx.fused), None, None
 
 
 _rms_norm.register_autograd(_backward, setup_context=_save)
+
+
+def _save_sum(ctx, inputs: tuple[Tensor, Tensor, Tensor, float, bool], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, _, weight, _, ctx.fused = inputs
+    _, total, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, weight, rstd)
+
+
+def _backward_of_sum(ctx, grad: Tensor | None, grad_total: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return grad_total, grad_total, None, None, None
+    total, weight, rstd = ctx.saved_tensors
+    grad_both, grad_weight = _rms_norm_grad(grad, grad_total, total, weight, rstd, ctx.fused)
+    return grad_both, grad_both, grad_weight, None, None
+
+
+_add_rms_norm.register_autograd(_backward_of_sum, setup_context=_save_sum)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 Tier = Literal["reference", "torch", "fused"]
 
-FUSED_OPS = frozenset({"rms_norm"})  # ops with a Triton twin in fused/
+FUSED_OPS = frozenset({"rms_norm", "rope"})  # ops with a Triton twin in fused/
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench_kernels.rope import rope
+
 
 class Rotation(NamedTuple):
     """Cosine and sine of every pair's angle at every position; R/2 pairs."""
@@ -104,13 +106,9 @@ def rotation(positions: Int[Tensor, " T"], frequencies: Float[Tensor, " pairs"],
 
 def rotate_interleaved(x: Float[Tensor, "B T heads R"], turn: Rotation) -> Float[Tensor, "B T heads R"]:
     """Turn the pairs (0, 1), (2, 3), ... of the last axis."""
-    cos, sin = (part.to(x.dtype).unsqueeze(1) for part in turn)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    return rope(x, *turn, interleaved=True)
 
 
 def rotate_halves(x: Float[Tensor, "B T heads R"], turn: Rotation) -> Float[Tensor, "B T heads R"]:
     """Turn the pairs (0, R/2), (1, R/2 + 1), ... of the last axis."""
-    cos, sin = (part.to(x.dtype).unsqueeze(1) for part in turn)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rope(x, *turn, interleaved=False)

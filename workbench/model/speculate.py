@@ -55,7 +55,7 @@ class Drafter:
             layer, cache = self.decoder.mtp_layers[depth - 1], self.caches[depth - 1]
             first = cache.length
             turn = turns[len(self.decoder.layers) + depth - 1]
-            hidden_BTD, _ = layer(
+            hidden_BTD, *_ = layer(
                 self.hidden[depth - 1][:, first:end],
                 self.decoder.embed_tokens(tokens[:, first + depth : end + depth]),
                 Rotation(*(part[first:] for part in turn)),

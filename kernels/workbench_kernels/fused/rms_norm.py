@@ -40,21 +40,37 @@ def launch_backward(width: int) -> Launch:
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return y [M, D] and 1/rms [M] in float32 of contiguous x [M, D]."""
+    y, _, rstd = _forward(x, None, weight, eps)
+    return y, rstd
+
+
+def forward_of_sum(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y and the sum [M, D] and 1/rms [M] in float32 of contiguous x and residual [M, D]."""
+    y, total, rstd = _forward(x, residual, weight, eps)
+    assert total is not None
+    return y, total, rstd
+
+
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
     _check(x)
     num_rows, width = x.shape
     y = torch.empty_like(x)
+    total = None if residual is None else torch.empty_like(x)
     rstd = x.new_empty(num_rows, dtype=torch.float32)
     if num_rows:
         launch = launch_forward(width)
         rms_norm_fwd_kernel[(cdiv(num_rows, launch.block_m),)](
-            x, weight, y, rstd, num_rows, eps, width, launch.block_m, launch.block_d,
+            x, residual, weight, y, total, rstd, num_rows, eps, residual is not None, width,
+            launch.block_m, launch.block_d,
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
-    return y, rstd
+    return y, total, rstd
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and weight; grad and x are contiguous."""
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, further: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight; grad, x and what is added to the former, `further`, are contiguous."""
     _check(x)
     num_rows, width = x.shape
     launch = launch_backward(width)
@@ -65,7 +81,8 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Ten
     partial = x.new_empty(num_programs, width, dtype=torch.float32)
     if num_rows:
         rms_norm_bwd_kernel[(num_programs,)](
-            grad, x, weight, rstd, grad_x, partial, num_rows, tiles_per_program, width, launch.block_m, launch.block_d,
+            grad, further, x, weight, rstd, grad_x, partial, num_rows, tiles_per_program, further is not None, width,
+            launch.block_m, launch.block_d,
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return grad_x, partial.sum(dim=0).to(weight.dtype)
@@ -81,17 +98,22 @@ def cases() -> list[Case]:
         widths += [block_d - width_step(block_d), block_d]
         block_d *= 2
     for width in widths:
-        for kernel, launch, arguments in (
-            (rms_norm_fwd_kernel, launch_forward(width), {"y_ptr": "*bf16", "eps": "fp32"}),
+        for kernel, launch, arguments, of_sum in (
+            (rms_norm_fwd_kernel, launch_forward(width), {"y_ptr": "*bf16", "eps": "fp32"}, ("residual", "total")),
             (
                 rms_norm_bwd_kernel,
                 launch_backward(width),
                 {"grad_ptr": "*bf16", "grad_x_ptr": "*bf16", "partial_ptr": "*fp32", "tiles_per_program": "i32"},
+                ("further",),
             ),
         ):
-            constants = {"D": width, "BLOCK_M": launch.block_m, "BLOCK_D": launch.block_d}
+            tile = {"D": width, "BLOCK_M": launch.block_m, "BLOCK_D": launch.block_d}
+            extra = [f"{name}_ptr" for name in of_sum]
+            plain = tile | {"OF_SUM": False} | dict.fromkeys(extra)
             name = f"{kernel.__name__} D={width}"
-            found.append(Case(name, kernel, tensors | arguments, constants, launch.num_warps))
+            found.append(Case(name, kernel, tensors | arguments, plain, launch.num_warps))
+            pointers = tensors | arguments | dict.fromkeys(extra, "*bf16")
+            found.append(Case(f"{name} of a sum", kernel, pointers, tile | {"OF_SUM": True}, launch.num_warps))
     return found
 
 
@@ -107,14 +129,20 @@ def _check(x: Tensor) -> None:
 
 @triton.jit
 def rms_norm_fwd_kernel(
-    x_ptr, weight_ptr, y_ptr, rstd_ptr, num_rows, eps, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, rstd_ptr, num_rows, eps,
+    OF_SUM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     column = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     inside = (row < num_rows)[:, None] & (column < D)[None, :]  # [BLOCK_M, BLOCK_D]
     offset = row[:, None] * D + column[None, :]
 
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    if OF_SUM:
+        total = x + tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        rounded = total.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offset, rounded, mask=inside)
+        x = rounded.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)  # [BLOCK_M]
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)  # [BLOCK_D]
     normal = (x * rstd[:, None]).to(y_ptr.dtype.element_ty).to(tl.float32)
@@ -124,8 +152,8 @@ def rms_norm_fwd_kernel(
 
 @triton.jit
 def rms_norm_bwd_kernel(
-    grad_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr, num_rows, tiles_per_program,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_ptr, further_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr, num_rows, tiles_per_program,
+    OF_SUM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -144,6 +172,8 @@ def rms_norm_bwd_kernel(
         grad_normal = grad * weight[None, :]
         along = tl.sum(grad_normal * normal, axis=1)[:, None] / D  # the part along x, which normalising removes
         grad_x = (grad_normal - normal * along) * rstd
+        if OF_SUM:
+            grad_x += tl.load(further_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
 
     tl.store(partial_ptr + program * D + column, tl.sum(grad_weight, axis=0), mask=column < D)
