@@ -36,6 +36,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, impl: str = 
     """
     _check(x, cos, sin)
     tier = resolve("rope", impl, x.device, x.dtype, fits=fits_twin(x.shape[-1]))
+    if x.numel() == 0:
+        return x.clone()
     if tier == "reference":
         return reference(x, cos, sin, interleaved=interleaved)
     if tier == "torch" and unwatched(x, cos, sin):
@@ -77,8 +79,8 @@ def _in_pairs(x: Tensor) -> Tensor:
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     shapes = f"x {list(x.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}"
-    if x.ndim != 4 or x.shape[-1] % 2 or x.shape[-1] == 0:
-        raise ValueError(f"{shapes}: x must be [B, T, H, R] with R even and above 0")
+    if x.ndim != 4 or x.shape[-1] % 2:
+        raise ValueError(f"{shapes}: x must be [B, T, H, R] with R even")
     if cos.shape != (x.shape[1], x.shape[3] // 2) or sin.shape != cos.shape:
         raise ValueError(f"{shapes}: cos and sin must be [T, R / 2]")
     if not x.is_floating_point() or not cos.is_floating_point() or cos.dtype != sin.dtype:
