@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 # Shared memory that one program may use, in bytes.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -28,11 +30,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes; `spills` in bytes on NVIDIA, in registers on AMD."""
+    """What a compiled kernel takes; `spills` in bytes on NVIDIA, in registers on AMD.
+
+    `matrix_instructions` counts those of the matrix units in its text: of whole groups of warps alone on sm_90.
+    """
 
     registers: int
     spills: int
     shared_bytes: int
+    matrix_instructions: int
 
 
 def compile_case(case: Case, architecture: str) -> Usage:
@@ -45,7 +51,8 @@ def compile_case(case: Case, architecture: str) -> Usage:
     source = ASTSource(fn=case.kernel, signature=types, constexprs=case.constants, attrs=attributes)
     compiled = triton.compile(source, target=_target(architecture), options={"num_warps": case.num_warps})
     registers, spills = _amd(compiled) if architecture.startswith("gfx") else _nvidia(compiled)
-    return Usage(registers, spills, compiled.metadata.shared)
+    text, instruction = ("amdgcn", "v_mfma") if architecture.startswith("gfx") else ("ptx", MATRIX[architecture])
+    return Usage(registers, spills, compiled.metadata.shared, compiled.asm[text].count(instruction))
 
 
 def _target(architecture: str) -> GPUTarget:

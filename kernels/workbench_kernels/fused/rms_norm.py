@@ -12,6 +12,7 @@ from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.rms_norm import MAX_ODD_WIDTH, MAX_WIDTH, fits_twin, width_step
 
 MIN_BLOCK_D = 128  # narrower rows share this tile: fewer kernels to compile and prove
+TILE = 1_024  # numbers of one program: some kernels with larger tiles spill with one Triton or another
 MAX_PARTIALS = 512  # first-stage sums of the weight's gradient; fixed, so that every GPU adds in the same order
 
 
@@ -30,12 +31,12 @@ def cdiv(numerator: int, denominator: int) -> int:
 
 def launch_forward(width: int) -> Launch:
     block_d = max(MIN_BLOCK_D, 1 << (width - 1).bit_length())
-    return Launch(max(1, 4096 // block_d), block_d, min(16, max(4, block_d // 1024)))
+    return Launch(max(1, TILE // block_d), block_d, min(16, max(4, block_d // 1024)))
 
 
 def launch_backward(width: int) -> Launch:
     block_d = max(MIN_BLOCK_D, 1 << (width - 1).bit_length())
-    return Launch(max(1, 2048 // block_d), block_d, min(16, max(4, block_d // 512)))
+    return Launch(max(1, TILE // block_d), block_d, min(16, max(4, block_d // 512)))
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,79 @@
+"""Compile every Triton kernel, in every configuration that is chosen, for GPUs that are not here; write the table.
+
+    python kernels/bench/compile.py           # kernels/bench/compiled.md
+    python kernels/bench/compile.py -o -      # to the screen
+
+It ends with status 1 if a kernel spills or takes more shared memory than its target has. Needs torch and triton, and no
+GPU. Another Triton is tried in an environment of its own, with the folder `kernels` on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+import triton
+
+from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, Usage, compile_case
+from workbench_kernels.fused.cases import all_cases
+
+TABLE = Path(__file__).with_name("compiled.md")
+HEAD = """# What the compiled kernels use
+
+Written by `python kernels/bench/compile.py` on {date} with Triton {version}; no GPU was needed, and none ran anything.
+Each cell: registers of a thread / bytes of shared memory, then instructions of the matrix units. A spill, or more
+shared memory than the target has, stands in bold and ends the command with status 1. Tensors are bfloat16.
+
+| kernel and configuration | tile | warps | {targets} |
+|---|---|---|{rules}|
+"""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("-o", "--output", default=str(TABLE), help="a file, or - for the screen")
+    output = arguments.parse_args().output
+    rows, failed = [], 0
+    for cases in all_cases().values():
+        for case in cases:
+            usages = {target: compile_case(case, target) for target in SHARED_LIMIT}
+            failed += sum(not fits(usage, target) for target, usage in usages.items())
+            rows.append(row(case, usages))
+    text = HEAD.format(
+        date=datetime.datetime.now(tz=datetime.UTC).date(),
+        version=triton.__version__,
+        targets=" | ".join(SHARED_LIMIT),
+        rules="|".join(["---"] * len(SHARED_LIMIT)),
+    )
+    text += "\n".join(rows) + "\n"
+    if output == "-":
+        print(text)
+    else:
+        Path(output).write_text(text)
+        print(f"{len(rows)} kernels for {len(SHARED_LIMIT)} targets with Triton {triton.__version__}: {output}")
+    if failed:
+        sys.exit(f"{failed} do not fit")
+
+
+def row(case: Case, usages: dict[str, Usage]) -> str:
+    tile = " x ".join(str(value) for name, value in case.constants.items() if name.startswith("BLOCK"))
+    return f"| {case.name} | {tile} | {case.num_warps} | {' | '.join(cell(u, t) for t, u in usages.items())} |"
+
+
+def cell(usage: Usage, target: str) -> str:
+    words = f"{usage.registers} / {usage.shared_bytes}"
+    if usage.matrix_instructions:
+        words += f", {usage.matrix_instructions} matrix"
+    if usage.spills:
+        words += f", spills {usage.spills}"
+    return words if fits(usage, target) else f"**{words}**"
+
+
+def fits(usage: Usage, target: str) -> bool:
+    return usage.spills == 0 and usage.shared_bytes <= SHARED_LIMIT[target]
+
+
+if __name__ == "__main__":
+    main()
