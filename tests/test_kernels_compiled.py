@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, compile_case
 from workbench_kernels.fused.cases import all_cases
+from workbench_kernels.tier import FUSED_OPS
 
 CASES = all_cases()
 # The constant by which the tiles of an op are ordered.
@@ -42,6 +43,10 @@ PAIRS = [
     for architecture in SHARED_LIMIT
     for case in compiled_for(op, architecture)
 ]
+
+
+def test_every_twin_is_listed() -> None:
+    assert set(CASES) == FUSED_OPS
 
 
 @pytest.mark.parametrize(("case", "architecture"), PAIRS)

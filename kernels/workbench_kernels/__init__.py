@@ -1,6 +1,7 @@
 """Operations of mixture-of-experts models, each with its definition, a fast CPU form and a Triton twin."""
 
 from workbench_kernels.causal_attention import causal_attention as causal_attention
+from workbench_kernels.describe import describe as describe
 from workbench_kernels.gated import SWIGLU as SWIGLU
 from workbench_kernels.gated import GatedActivation as GatedActivation
 from workbench_kernels.grouped_mm import grouped_mm as grouped_mm

@@ -48,7 +48,8 @@ def causal_attention(
     Raises:
         ValueError: shapes or dtypes do not fit, or the window is below 1.
 
-    Source: Beltagy et al., arXiv 2004.05150 (window); Xiao et al., arXiv 2309.17453, and gpt-oss (sinks).
+    Source: Vaswani et al., arXiv 1706.03762, section 3.2.1; Beltagy et al., arXiv 2004.05150 (window); Xiao et al.,
+    arXiv 2309.17453, and gpt-oss (sinks).
     """
     _check(query, key, value)
     _check_options(query, window, sinks)

@@ -22,6 +22,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, *, impl: str = "auto") -
 
     Raises:
         ValueError: shapes or dtypes do not fit, or `offs` decreases or ends beyond M.
+
+    Source: the convention of `torch.nn.functional.grouped_mm`, with weights as `nn.Linear` stores them.
     """
     _check(x, weight, offs)
     if resolve("grouped_mm", impl, x.device, x.dtype) == "reference":

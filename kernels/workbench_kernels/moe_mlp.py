@@ -58,6 +58,8 @@ def moe_mlp(
 
     Raises:
         ValueError: shapes or dtypes do not fit, or an index lies outside 0..E-1.
+
+    Source: Shazeer et al., arXiv 1701.06538, equation 1; DeepSeekMoE, arXiv 2401.06066, section 2.
     """
     _check(x, w13, w2, indices, weights)
     _check_biases(x, w13, w2, b13, b2)

@@ -1,0 +1,75 @@
+"""What there is: every public op with its tiers, shapes and source, read from the ops themselves."""
+
+import inspect
+import re
+from typing import NamedTuple
+
+from workbench_kernels.causal_attention import causal_attention
+from workbench_kernels.grouped_mm import grouped_mm
+from workbench_kernels.moe_mlp import moe_mlp
+from workbench_kernels.rms_norm import rms_norm
+from workbench_kernels.rope import rope
+from workbench_kernels.tier import FUSED_OPS
+
+OPS = (rms_norm, rope, grouped_mm, moe_mlp, causal_attention)
+
+
+class OpDescription(NamedTuple):
+    """One op: how it is called, what it computes, the shapes of its arguments, its tiers, and where it comes from."""
+
+    name: str
+    call: str
+    summary: str
+    shapes: dict[str, str]
+    tiers: tuple[str, ...]
+    source: str
+
+
+class Catalogue(tuple[OpDescription, ...]):
+    """All ops; printed, or shown in a notebook, as a list to read."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(
+            "\n".join(
+                [f"{op.call}  ({', '.join(op.tiers)})", f"    {op.summary}"]
+                + [f"    {name}: {shape}" for name, shape in op.shapes.items()]
+                + [f"    source: {op.source}"]
+            )
+            for op in self
+        )
+
+    def _repr_markdown_(self) -> str:
+        return "\n".join(
+            f"- **`{op.call}`** ({', '.join(op.tiers)}): {op.summary}\n"
+            + "\n".join(f"  - `{name}`: {shape}" for name, shape in op.shapes.items())
+            + f"\n  - source: {op.source}"
+            for op in self
+        )
+
+
+def describe() -> Catalogue:
+    """Every public op of this package."""
+    return Catalogue(_describe(op) for op in OPS)
+
+
+def _describe(op) -> OpDescription:
+    text = inspect.getdoc(op) or ""
+    names = [name for name in inspect.signature(op).parameters if name != "impl"]
+    arguments = dict(entry.split(": ", 1) for entry in _section(text, "Args:"))
+    arguments.pop("impl")
+    return OpDescription(
+        name=op.__name__,
+        call=f"{op.__name__}({', '.join(names)})",
+        summary=text.splitlines()[0],
+        shapes=arguments | {"returns": " ".join(_section(text, "Returns:"))},
+        tiers=("reference", "torch", "fused") if op.__name__ in FUSED_OPS else ("reference", "torch"),
+        source=" ".join(text[text.index("Source: ") + len("Source: ") :].split()),
+    )
+
+
+def _section(text: str, title: str) -> list[str]:
+    """The entries of a section of a docstring, each on one line."""
+    found = re.search(rf"^{title}\n((?:    .*\n|\n)+)", text + "\n", flags=re.MULTILINE)
+    assert found is not None, title
+    entries = re.split(r"\n    (?! )", "\n" + found[1])
+    return [" ".join(entry.split()) for entry in entries if entry.strip()]
