@@ -63,9 +63,10 @@ def moe_mlp(
     """
     _check(x, w13, w2, indices, weights)
     _check_biases(x, w13, w2, b13, b2)
-    if resolve("moe_mlp", impl, x.device, x.dtype) == "reference":
+    tier = resolve("moe_mlp", impl, x.device, x.dtype)
+    if tier == "reference":
         return reference(x, w13, w2, indices, weights, b13=b13, b2=b2, activation=activation)
-    if x.device.type == "cpu" and unwatched(x, w13, w2, weights, b13, b2):
+    if tier == "torch" and unwatched(x, w13, w2, weights, b13, b2):
         if 0 < indices.numel() <= FEW_PAIRS:
             return few_pairs(x, w13, w2, indices, weights, b13, b2, activation)
         return _forward(x, w13, w2, indices, weights, b13, b2, activation)[0]
