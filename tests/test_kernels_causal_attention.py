@@ -57,9 +57,10 @@ def test_long_texts_take_the_form_without_a_square_matrix() -> None:
     torch.testing.assert_close(causal_attention(*inputs, 0.3), reference(*inputs, 0.3), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("queries", "keys"), [(1030, 1030), (1, 1500), (130, 1100)])
-def test_long_texts_without_gradients_obey_the_rule(queries: int, keys: int) -> None:
-    inputs = make(queries, keys, torch.float32, groups=2, width=5, value=3)
+def test_long_texts_without_gradients_obey_the_rule(queries: int, keys: int, dtype: torch.dtype) -> None:
+    inputs = make(queries, keys, dtype, groups=2, width=5, value=3)
     query, key, values = (x.double() for x in inputs)
     truth = reference(query, key, values, 0.3)
     assert_exact("output", causal_attention(*inputs, 0.3), reference(*inputs, 0.3), truth)

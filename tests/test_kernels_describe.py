@@ -17,7 +17,7 @@ def test_every_public_op_is_described() -> None:
 
 def test_an_op_says_its_tiers_the_shape_of_every_argument_and_its_source() -> None:
     for op in describe():
-        arguments = set(inspect.signature(getattr(workbench_kernels, op.name)).parameters) - {"impl"}
+        arguments = set(inspect.signature(getattr(workbench_kernels, op.name)).parameters)
         said = {name for names in op.shapes for name in names.split(", ")}
         assert said == arguments | {"returns"}, op.name
         assert all(op.shapes.values()) and op.summary and op.source.endswith("."), op.name
@@ -26,7 +26,7 @@ def test_an_op_says_its_tiers_the_shape_of_every_argument_and_its_source() -> No
 
 def test_it_reads_as_text_and_as_markdown() -> None:
     text, markdown = str(describe()), describe()._repr_markdown_()
-    assert "rope(x, cos, sin, interleaved)  (reference, torch, fused)" in text
+    assert "rope(x, cos, sin, *, interleaved, impl='auto')  (reference, torch, fused)" in text
     assert "    x: [B, T, H, R]." in text and "Su et al., arXiv 2104.09864" in text
-    assert "- **`moe_mlp(x, w13, w2, indices, weights, b13, b2, activation)`** (reference, torch)" in markdown
+    assert "- **`moe_mlp(x, w13, w2, indices, weights, *, b13=None, b2=None, activation=" in markdown
     assert "  - `w2`: [E, K, F], of the dtype of `x`." in markdown

@@ -92,7 +92,7 @@ def interpreted_rope_obeys_the_rule(
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def interpreted_rope_takes_strides_and_writes_nothing_else(interleaved: bool) -> None:
+def interpreted_rope_takes_strides(interleaved: bool) -> None:
     x, cos, sin = make_rope(2, 5, 3, 9, torch.float32)
     view = x.transpose(1, 2)[..., 1:7]
     turn = cos[:3, :3], sin[:3, :3]

@@ -120,6 +120,21 @@ def test_compiles_as_one_graph() -> None:
     torch.testing.assert_close(results(compiled, inputs, grad), results(auto, inputs, grad), rtol=0, atol=0)
 
 
+def test_a_sum_compiles_as_one_graph_whatever_its_strides() -> None:
+    x, weight = make(4, 3, 16, dtype=torch.float32)
+    residual = torch.randn(3, 4, 16).transpose(0, 1)
+
+    def both(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat(auto_of_sum(x, residual, weight))
+
+    grad = torch.randn(8, 3, 16)
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    inputs = (x, residual, weight)
+    torch.testing.assert_close(results(compiled, inputs, grad), results(both, inputs, grad), rtol=0, atol=0)
+    swapped = tuple(tensor.detach().requires_grad_() for tensor in (residual.transpose(0, 1), x.transpose(0, 1)))
+    torch.library.opcheck(torch.ops.workbench_kernels.add_rms_norm.default, (*swapped, weight, EPS, False))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

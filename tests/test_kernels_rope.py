@@ -51,6 +51,14 @@ def test_views_may_begin_anywhere(offset: int, length: int, interleaved: bool) -
     assert torch.equal(x, before)
 
 
+def test_angles_take_no_gradient_in_any_tier() -> None:
+    x, cos, sin = make(6, torch.float32)
+    for impl in ("auto", "reference"):
+        rope(x.requires_grad_(), cos.requires_grad_(), sin, interleaved=True, impl=impl).sum().backward()
+        assert x.grad is not None and cos.grad is None
+        x.grad = None
+
+
 def test_a_quarter_turn_by_hand() -> None:
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
     cos, sin = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])  # the first pair by 90 degrees
@@ -76,6 +84,8 @@ def test_gradients_by_finite_differences(interleaved: bool) -> None:
 def test_op_is_registered_correctly(dtype: torch.dtype, interleaved: bool) -> None:
     x, cos, sin = make(6, dtype)
     torch.library.opcheck(torch.ops.workbench_kernels.rope.default, (x.requires_grad_(), cos, sin, interleaved, False))
+    swapped = make(6, dtype, positions=3, heads=5)[0].transpose(1, 2).requires_grad_()
+    torch.library.opcheck(torch.ops.workbench_kernels.rope.default, (swapped, cos, sin, interleaved, False))
 
 
 @pytest.mark.parametrize("interleaved", LAYOUTS)

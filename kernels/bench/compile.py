@@ -3,8 +3,9 @@
     python kernels/bench/compile.py           # kernels/bench/compiled.md
     python kernels/bench/compile.py -o -      # to the screen
 
-It ends with status 1 if a kernel spills or takes more shared memory than its target has. Needs torch and triton, and no
-GPU. Another Triton is tried in an environment of its own, with the folder `kernels` on PYTHONPATH.
+It ends with status 1 if a kernel spills or takes more shared memory than its target has, in bfloat16, float32 or
+float16; the table is of bfloat16. Needs torch and triton, and no GPU. Another Triton is tried in an environment of its
+own, with the folder `kernels` on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ HEAD = """# What the compiled kernels use
 
 Written by `python kernels/bench/compile.py` on {date} with Triton {version}; no GPU was needed, and none ran anything.
 Each cell: registers of a thread / bytes of shared memory, then instructions of the matrix units. A spill, or more
-shared memory than the target has, stands in bold and ends the command with status 1. Tensors are bfloat16.
+shared memory than the target has, stands in bold and ends the command with status 1. Tensors are bfloat16;
+the command compiles float32 and float16 as well and demands the same of them.
 
 | kernel and configuration | tile | warps | {targets} |
 |---|---|---|{rules}|
@@ -39,6 +41,8 @@ def main() -> None:
     for cases in all_cases().values():
         for case in cases:
             usages = {target: compile_case(case, target) for target in SHARED_LIMIT}
+            others = [(compile_case(case.retyped(kind), t), t) for kind in ("fp32", "fp16") for t in SHARED_LIMIT]
+            failed += sum(not fits(usage, target) for usage, target in others)
             failed += sum(not fits(usage, target) for target, usage in usages.items())
             rows.append(row(case, usages))
     text = HEAD.format(
@@ -58,8 +62,7 @@ def main() -> None:
 
 
 def row(case: Case, usages: dict[str, Usage]) -> str:
-    tile = " x ".join(str(value) for name, value in case.constants.items() if name.startswith("BLOCK"))
-    return f"| {case.name} | {tile} | {case.num_warps} | {' | '.join(cell(u, t) for t, u in usages.items())} |"
+    return f"| {case.name} | {case.tile} | {case.num_warps} | {' | '.join(cell(u, t) for t, u in usages.items())} |"
 
 
 def cell(usage: Usage, target: str) -> str:

@@ -186,12 +186,15 @@ def results(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
 
 
 def check(case: Case) -> None:
-    """Refuse to time a wrong result: the rule of tests/kernel_rules.py."""
-    grad = torch.randn_like(case.ours(*case.inputs))
+    """Refuse to time a wrong result: the rule of tests/kernel_rules.py, with gradients and without."""
+    with torch.no_grad():
+        alone = case.ours(*case.inputs)
+    grad = torch.randn_like(alone)
     wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in case.inputs]
     truths = results(case.reference, wide, grad.double())
     owns = results(case.reference, case.inputs, grad)
-    for ours, own, truth in zip(results(case.ours, case.inputs, grad), owns, truths, strict=True):
+    found = [alone, *results(case.ours, case.inputs, grad)]
+    for ours, own, truth in zip(found, [owns[0], *owns], [truths[0], *truths], strict=True):
         rounding = 2 * torch.finfo(ours.dtype).eps * truth.abs().max()
         error, allowed = (ours - truth).abs().max(), 2 * (own - truth).abs().max() + rounding
         if not error <= allowed:

@@ -124,10 +124,15 @@ def alone(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The blockwise form where nothing is kept for backward: the scores of one block at a time, whatever the length."""
     num_sequences, num_queries, num_heads, _ = query.shape
     num_groups, rows = key.shape[2], _BLOCK_ROWS if key.shape[1] <= LONGEST_KEPT else 2 * _BLOCK_ROWS
-    if num_queries == 1:  # the query heads that share a key are rows of one product: nothing is copied for them
-        query_BGYK = query.unflatten(2, (num_groups, -1)).squeeze(1)
-        scores_BGYS = torch.matmul(query_BGYK, key.permute(0, 2, 3, 1)).mul_(scale)
-        return torch.matmul(scores_BGYS.softmax(-1), value.transpose(1, 2)).flatten(1, 2).unsqueeze(1)
+    if num_queries == 1:
+        # One sequence at a time, the query heads that share a key as rows of one product: no key or value is copied.
+        mixed = []
+        for query_GYK, key_GSK, value_GSU in zip(
+            query.unflatten(2, (num_groups, -1)).squeeze(1), key.transpose(1, 2), value.transpose(1, 2), strict=True
+        ):
+            weights_GYS = torch.bmm(query_GYK, key_GSK.mT).mul_(scale).softmax(-1)
+            mixed.append(torch.bmm(weights_GYS, value_GSU).flatten(0, 1))
+        return torch.stack(mixed).unsqueeze(1) if mixed else value.new_empty(0, 1, num_heads, value.shape[-1])
     query_XTK, key_XSK, value_XSU = (_by_head(x, num_heads) for x in (query, key, value))
     out_XTU = value.new_empty(query_XTK.shape[0], num_queries, value.shape[-1])
     future = torch.full((rows, rows), float("-inf"), dtype=query.dtype).triu(1)

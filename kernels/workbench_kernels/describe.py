@@ -15,7 +15,7 @@ OPS = (rms_norm, rope, grouped_mm, moe_mlp, causal_attention)
 
 
 class OpDescription(NamedTuple):
-    """One op: how it is called, what it computes, the shapes of its arguments, its tiers, and where it comes from."""
+    """One op: its call with all defaults, what it computes, the shapes of its arguments, its tiers, and its source."""
 
     name: str
     call: str
@@ -53,13 +53,12 @@ def describe() -> Catalogue:
 
 
 def _describe(op) -> OpDescription:
-    text = inspect.getdoc(op) or ""
-    names = [name for name in inspect.signature(op).parameters if name != "impl"]
+    text, signature = inspect.getdoc(op) or "", inspect.signature(op)
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
     arguments = dict(entry.split(": ", 1) for entry in _section(text, "Args:"))
-    arguments.pop("impl")
     return OpDescription(
         name=op.__name__,
-        call=f"{op.__name__}({', '.join(names)})",
+        call=f"{op.__name__}{inspect.Signature(bare)}",
         summary=text.splitlines()[0],
         shapes=arguments | {"returns": " ".join(_section(text, "Returns:"))},
         tiers=("reference", "torch", "fused") if op.__name__ in FUSED_OPS else ("reference", "torch"),

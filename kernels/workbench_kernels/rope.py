@@ -35,6 +35,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, impl: str = 
     Source: Su et al., arXiv 2104.09864, section 3.4.2.
     """
     _check(x, cos, sin)
+    cos, sin = (part.detach() if part.requires_grad else part for part in (cos, sin))
     tier = resolve("rope", impl, x.device, x.dtype, fits=fits_twin(x.shape[-1]))
     if x.numel() == 0:
         return x.clone()
@@ -93,7 +94,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, fused: bool) -
         from workbench_kernels.fused import rope as twin
 
         return twin.forward(x, cos, sin, interleaved)
-    return forward(x, cos, sin, interleaved)
+    return forward(x, cos, sin, interleaved).contiguous()
 
 
 @_rope.register_fake

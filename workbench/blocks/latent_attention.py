@@ -149,14 +149,14 @@ def absorbed_attention(
     num_sequences, num_queries, num_heads, key_width = query.nope.shape
     up_key_HKC, up_value_HUC = up.split((key_width, up.shape[1] - key_width), dim=1)
     query_HNC = torch.bmm(query.nope.flatten(0, 1).transpose(0, 1), up_key_HKC)
-    # The heads of all queries stand in line before the one key/value: X = T * H rows.
-    query_BXC = query_HNC.unflatten(1, (num_sequences, num_queries)).permute(1, 2, 0, 3).flatten(1, 2)
-    by_position_BXS = torch.bmm(query.rope.flatten(1, 2), key_rope.mT)
-    scores_BXS = torch.baddbmm(by_position_BXS, query_BXC, latent.mT, beta=scale, alpha=scale)
+    # The heads of all queries stand in line before the one key/value, as T * H queries of one head.
+    query_BTC = query_HNC.unflatten(1, (num_sequences, num_queries)).permute(1, 2, 0, 3).flatten(1, 2)
+    by_position_BTS = torch.bmm(query.rope.flatten(1, 2), key_rope.mT)
+    scores_BTS = torch.baddbmm(by_position_BTS, query_BTC, latent.mT, beta=scale, alpha=scale)
     if num_queries > 1:
         hidden_TS = ~visible(num_queries, latent.shape[1], latent.device)
-        scores_BXS = scores_BXS.masked_fill(hidden_TS.repeat_interleave(num_heads, dim=0), -torch.inf)
-    statistics = torch.promote_types(scores_BXS.dtype, torch.float32)
-    mixed_BXC = torch.bmm(scores_BXS.softmax(-1, dtype=statistics).to(latent.dtype), latent)
-    mixed_HNC = mixed_BXC.unflatten(1, (num_queries, num_heads)).flatten(0, 1).transpose(0, 1)
+        scores_BTS = scores_BTS.masked_fill(hidden_TS.repeat_interleave(num_heads, dim=0), -torch.inf)
+    statistics = torch.promote_types(scores_BTS.dtype, torch.float32)
+    mixed_BTC = torch.bmm(scores_BTS.softmax(-1, dtype=statistics).to(latent.dtype), latent)
+    mixed_HNC = mixed_BTC.unflatten(1, (num_queries, num_heads)).flatten(0, 1).transpose(0, 1)
     return torch.bmm(mixed_HNC, up_value_HUC.mT).transpose(0, 1).unflatten(0, (num_sequences, num_queries))

@@ -188,9 +188,9 @@ def balance_per(recipe: Recipe) -> int | None:
 
 
 def weigh(terms: LossTerms, recipe: Recipe) -> Tensor:
-    """The objective: next token + mtp_weight / M x sum of depths + coefficient x balance + z_weight x z, and so on.
+    """next token + mtp_weight / M x sum of depths + coefficient x balance + z_weight x z + indexer_weight x indexer.
 
-    The indexers' term trains the indexers and nothing else, the others all but the indexers.
+    The last has gradients for the indexers alone, the others for all else. Clipping judges all gradients together.
 
     Source: DeepSeek-V3, arXiv 2412.19437, equation 25 (the mean over depths).
     """

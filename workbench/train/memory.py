@@ -41,7 +41,11 @@ def estimate_bytes(recipe: Recipe) -> int:
 
 def kept_weights_per_query(layer: LayerConfig, sequence_length: int) -> int:
     """Attention weights that the backward of one layer needs per query: half a row, up to the length that is kept."""
-    return layer.attention.num_attention_heads * sequence_length // 2 if sequence_length <= LONGEST_KEPT else 0
+    attention = layer.attention
+    if isinstance(attention, SparseLatentAttention):
+        # Scores and weights of every head, whatever the length; and each index head's products, in float32.
+        return (2 * attention.num_attention_heads + 2 * 2 * attention.index_n_heads + 8) * sequence_length
+    return attention.num_attention_heads * sequence_length // 2 if sequence_length <= LONGEST_KEPT else 0
 
 
 def kept_numbers_per_token(layer: LayerConfig, hidden_size: int) -> int:

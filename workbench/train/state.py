@@ -158,7 +158,9 @@ def _describe(tensor: torch.Tensor) -> str:
 def _require_equal_keys(wanted: Any, given: Any, kind: str) -> None:
     missing, extra = sorted(wanted - given), sorted(given - wanted)
     if missing:
-        raise ValueError(f"the saved state lacks {kind} {missing[0]!r} ({len(missing)} missing)")
+        raise ValueError(
+            f"the saved state lacks {kind} {missing[0]!r} ({len(missing)} missing): damaged, or older than this code"
+        )
     if extra:
         raise ValueError(
             f"the saved state has {kind} {extra[0]!r}, which this recipe does not know ({len(extra)} extra)"

@@ -1,9 +1,11 @@
 """Compile a kernel for a GPU that is not there, and read what it uses."""
 
+from __future__ import annotations
+
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,16 @@ class Case:
     arguments: dict[str, str]  # run-time argument -> Triton type ("*bf16", "i32")
     constants: dict[str, Any]
     num_warps: int
+
+    @property
+    def tile(self) -> str:
+        """The sizes of the tile, in the order of the kernel's arguments."""
+        return " x ".join(str(value) for name, value in self.constants.items() if name.startswith("BLOCK"))
+
+    def retyped(self, kind: str) -> Case:
+        """The same for tensors of another Triton type in the place of bfloat16."""
+        arguments = {name: old.replace("*bf16", f"*{kind}") for name, old in self.arguments.items()}
+        return replace(self, name=f"{self.name} {kind}", arguments=arguments)
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,8 @@ def cdiv(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
-def launch_forward(width: int) -> Launch:
-    block_d = max(MIN_BLOCK_D, 1 << (width - 1).bit_length())
-    return Launch(max(1, TILE // block_d), block_d, min(16, max(4, block_d // 1024)))
-
-
-def launch_backward(width: int) -> Launch:
+def launch_for(width: int) -> Launch:
+    """The tile of forward and backward alike."""
     block_d = max(MIN_BLOCK_D, 1 << (width - 1).bit_length())
     return Launch(max(1, TILE // block_d), block_d, min(16, max(4, block_d // 512)))
 
@@ -59,7 +55,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     total = None if residual is None else torch.empty_like(x)
     rstd = x.new_empty(num_rows, dtype=torch.float32)
     if num_rows:
-        launch = launch_forward(width)
+        launch = launch_for(width)
         rms_norm_fwd_kernel[(cdiv(num_rows, launch.block_m),)](
             x, residual, weight, y, total, rstd, num_rows, eps, residual is not None, width,
             launch.block_m, launch.block_d,
@@ -74,7 +70,7 @@ def backward(
     """Return the gradients of x and weight; grad, x and what is added to the former, `further`, are contiguous."""
     _check(x)
     num_rows, width = x.shape
-    launch = launch_backward(width)
+    launch = launch_for(width)
     num_tiles = cdiv(num_rows, launch.block_m)
     tiles_per_program = cdiv(num_tiles, MAX_PARTIALS)
     num_programs = cdiv(num_tiles, tiles_per_program) if num_rows else 0
@@ -100,10 +96,10 @@ def cases() -> list[Case]:
         block_d *= 2
     for width in widths:
         for kernel, launch, arguments, of_sum in (
-            (rms_norm_fwd_kernel, launch_forward(width), {"y_ptr": "*bf16", "eps": "fp32"}, ("residual", "total")),
+            (rms_norm_fwd_kernel, launch_for(width), {"y_ptr": "*bf16", "eps": "fp32"}, ("residual", "total")),
             (
                 rms_norm_bwd_kernel,
-                launch_backward(width),
+                launch_for(width),
                 {"grad_ptr": "*bf16", "grad_x_ptr": "*bf16", "partial_ptr": "*fp32", "tiles_per_program": "i32"},
                 ("further",),
             ),
