@@ -32,7 +32,7 @@ def cdiv(numerator: int, denominator: int) -> int:
 def launch_for(width: int) -> Launch:
     """The tile of forward and backward alike."""
     block_d = max(MIN_BLOCK_D, 1 << (width - 1).bit_length())
-    return Launch(max(1, TILE // block_d), block_d, min(16, max(4, block_d // 512)))
+    return Launch(max(1, TILE // block_d), block_d, min(16, max(4, block_d // 256)))
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
