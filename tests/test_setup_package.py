@@ -118,7 +118,9 @@ def test_every_version_is_pinned_exactly_once():
 
     seen: dict[str, set[str]] = {}
     needed("moe-workbench", {"test", "dev"}, seen)
-    assert set(seen) - set(names) - {"moe-workbench"} == set()
+    # A CUDA build of torch brings libraries in versions of its own.
+    brought = {name for name in seen if name.startswith(("nvidia-", "cuda-"))}
+    assert set(seen) - set(names) - {"moe-workbench"} == brought
     assert {"hatchling", "editables"} <= set(names)
 
 
