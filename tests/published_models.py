@@ -166,6 +166,23 @@ TYPES = {
 }
 
 
+def with_experts(config: ModelConfig, **changes: Any) -> ModelConfig:
+    """The same configuration with other routing in every layer that routes."""
+    layers = (
+        replace(layer, feed_forward=replace(layer.feed_forward, **changes))
+        if isinstance(layer.feed_forward, MixtureOfExperts)
+        else layer
+        for layer in config.layers
+    )
+    return replace(config, layers=tuple(layers))
+
+
+def with_attention(config: ModelConfig, **changes: Any) -> ModelConfig:
+    """The same configuration with another attention in every layer."""
+    layers = (replace(layer, attention=replace(layer.attention, **changes)) for layer in config.layers)
+    return replace(config, layers=tuple(layers))
+
+
 def make(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
     """A decoder in which no two weights are alike and selection biases change choices, where there are any."""
     torch.manual_seed(7)

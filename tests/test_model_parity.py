@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from published_models import BUILT, VOCABULARY, difference, make, tokens
+from published_models import BUILT, VOCABULARY, difference, make, tokens, with_attention, with_experts
 from torch.nn.functional import cross_entropy
 from wide_reference import named_as_theirs, reference_of
 
 from workbench.blocks.router import Router
-from workbench.model.config import MixtureOfExperts, ModelConfig, Rope
+from workbench.model.config import Rope
 from workbench.model.decoder import Decoder
 from workbench.model.generate import generate
 from workbench.model.parameter_count import parameters
@@ -42,23 +41,6 @@ def test_gradients_equal_the_reference(name: str) -> None:
         torch.testing.assert_close(renamed[key], theirs, rtol=1e-8, atol=1e-10 * float(theirs.abs().max()), msg=key)
         # The choice of what to read has no gradient: an indexer learns from a loss of its own.
         assert theirs.any() != ("indexer" in key), key
-
-
-def with_experts(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """The same configuration with other routing in every layer that routes."""
-    layers = (
-        replace(layer, feed_forward=replace(layer.feed_forward, **changes))
-        if isinstance(layer.feed_forward, MixtureOfExperts)
-        else layer
-        for layer in config.layers
-    )
-    return replace(config, layers=tuple(layers))
-
-
-def with_attention(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """The same configuration with another attention in every layer."""
-    layers = (replace(layer, attention=replace(layer.attention, **changes)) for layer in config.layers)
-    return replace(config, layers=tuple(layers))
 
 
 V2 = BUILT["deepseek_v2"]

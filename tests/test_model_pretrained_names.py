@@ -10,7 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from published_models import BIASED, BUILT, DENSE, LATENT, SOFTMAX, TYPES, YARN, alike, grouped, reference, sliding
+from published_models import (
+    BIASED,
+    BUILT,
+    DENSE,
+    LATENT,
+    SOFTMAX,
+    TYPES,
+    YARN,
+    alike,
+    grouped,
+    reference,
+    sliding,
+    with_attention,
+    with_experts,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -122,21 +136,6 @@ STRETCHED = Rope(rope_interleave=True, scaling=YARN)
 V4, GPT_OSS = TYPES["deepseek_v4"], TYPES["gpt_oss"]
 
 
-def experts(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """The same configuration with another last layer's mixture in all layers that route."""
-    mixture = replace(config.layers[-1].feed_forward, **changes)
-    layers = [x if x.feed_forward == DENSE else replace(x, feed_forward=mixture) for x in config.layers]
-    return replace(config, layers=tuple(layers))
-
-
-def attention(config: ModelConfig, **changes: Any) -> ModelConfig:
-    return replace(config, layers=tuple(attention_of(layer, **changes) for layer in config.layers))
-
-
-def attention_of(layer: LayerConfig, **changes: Any) -> LayerConfig:
-    return replace(layer, attention=replace(layer.attention, **changes))
-
-
 MISFITS: dict[str, tuple[ModelConfig, str | None, str]] = {
     "streams": (replace(V3, hyper_connections=HyperConnections(hc_mult=2)), None, "hyper_connections=None only"),
     "no streams": (replace(V4, hyper_connections=None), None, "deepseek_v4 has hyper-connections"),
@@ -161,15 +160,23 @@ MISFITS: dict[str, tuple[ModelConfig, str | None, str]] = {
     ),
     "no experts": (alike(LATENT, DENSE), None, "one mixture of experts for all layers; this configuration has 0"),
     "dense Mixtral layer": (alike(grouped(), DENSE, SOFTMAX), None, "mixtral has experts in every layer"),
-    "softmax with V3": (experts(V3, scoring_func="softmax"), "deepseek_v3", "scoring_func='sigmoid' only"),
-    "V2 normalised": (experts(BUILT["deepseek_v2"], norm_topk_prob=True), None, "norm_topk_prob=False only"),
-    "V2 of V3's choice": (experts(BUILT["deepseek_v2"], topk_method="noaux_tc"), None, "topk_method greedy or group_"),
-    "V2 half layout": (attention(BUILT["deepseek_v2"], rope=Rope()), None, "rope_interleave=True only"),
-    "GLM interleaved": (attention(GLM, rope=Rope(rope_interleave=True)), None, "rope_interleave=False only"),
-    "GLM with an output bias": (attention(GLM, o_bias=True), None, "glm4_moe has o_bias=False only"),
-    "Mixtral unnormalised": (experts(MIXTRAL, norm_topk_prob=False), None, "norm_topk_prob=True only"),
-    "Mixtral with biases": (attention(MIXTRAL, qkv_bias=True), None, "mixtral has qkv_bias=False only"),
-    "clamped V3": (experts(V3, activation=ClampedActivation(limit=3.0)), None, "deepseek_v3 has activation=None only"),
+    "softmax with V3": (with_experts(V3, scoring_func="softmax"), "deepseek_v3", "scoring_func='sigmoid' only"),
+    "V2 normalised": (with_experts(BUILT["deepseek_v2"], norm_topk_prob=True), None, "norm_topk_prob=False only"),
+    "V2 of V3's choice": (
+        with_experts(BUILT["deepseek_v2"], topk_method="noaux_tc"),
+        None,
+        "topk_method greedy or group_",
+    ),
+    "V2 half layout": (with_attention(BUILT["deepseek_v2"], rope=Rope()), None, "rope_interleave=True only"),
+    "GLM interleaved": (with_attention(GLM, rope=Rope(rope_interleave=True)), None, "rope_interleave=False only"),
+    "GLM with an output bias": (with_attention(GLM, o_bias=True), None, "glm4_moe has o_bias=False only"),
+    "Mixtral unnormalised": (with_experts(MIXTRAL, norm_topk_prob=False), None, "norm_topk_prob=True only"),
+    "Mixtral with biases": (with_attention(MIXTRAL, qkv_bias=True), None, "mixtral has qkv_bias=False only"),
+    "clamped V3": (
+        with_experts(V3, activation=ClampedActivation(limit=3.0)),
+        None,
+        "deepseek_v3 has activation=None only",
+    ),
     "gpt-oss of two windows": (
         replace(GPT_OSS, layers=(*GPT_OSS.layers, replace(GPT_OSS.layers[0], attention=grouped(sliding_window=3)))),
         None,
@@ -180,23 +187,23 @@ MISFITS: dict[str, tuple[ModelConfig, str | None, str]] = {
         None,
         r"qwen2 has one sliding_window; this configuration has \[4, 9\]",
     ),
-    "gpt-oss without offset": (experts(GPT_OSS, activation=ClampedActivation(limit=3.0)), None, "offset=1.0"),
+    "gpt-oss without offset": (with_experts(GPT_OSS, activation=ClampedActivation(limit=3.0)), None, "offset=1.0"),
     "Llama of partial heads": (
         alike(grouped(), DENSE, hidden_size=50),
         None,
         "hidden_size a multiple of num_attention_heads; 50 is none of 4",
     ),
-    "wide OLMoE heads": (attention(TYPES["olmoe"], head_dim=14), None, "olmoe has head_dim=12 only"),
+    "wide OLMoE heads": (with_attention(TYPES["olmoe"], head_dim=14), None, "olmoe has head_dim=12 only"),
     "V4 predicting further": (replace(V4, mtp_layers=V4.layers[-1:]), None, "mtp_layers must be"),
     "V4 hashed late": (replace(V4, layers=V4.layers[::-1]), None, "deepseek_v4 has topk_method='hash' only"),
-    "V4 unnormalised": (experts(V4, norm_topk_prob=False), None, "deepseek_v4 has norm_topk_prob=True only"),
+    "V4 unnormalised": (with_experts(V4, norm_topk_prob=False), None, "deepseek_v4 has norm_topk_prob=True only"),
     "V4 of another factor": (
-        replace(V4, layers=(V4.layers[0], *(attention_of(x, rope=STRETCHED) for x in V4.layers[1:]))),
+        replace(V4, layers=(V4.layers[0], *with_attention(V4, rope=STRETCHED).layers[1:])),
         None,
         "deepseek_v4 has attention_factor=1.0 only; this configuration has None",
     ),
     "V4 stretched window": (
-        attention(V4, rope=STRETCHED),
+        with_attention(V4, rope=STRETCHED),
         None,
         "deepseek_v4 has scaling=None only",
     ),

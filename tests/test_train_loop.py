@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,11 +162,8 @@ def test_a_bad_change_is_refused(bad: float) -> None:
         Change(learning_rate=bad)
 
 
-@pytest.mark.parametrize(
-    "balance", [LossFreeBias(sequence_coefficient=0.01), LossFreeBias(centred=True), AuxiliaryLoss(), NoBalance()]
-)
-def test_resuming_from_parts_continues_bitwise(balance) -> None:
-    recipe = tiny_recipe(accumulation_steps=2, balance=balance, dtype="float32")
+def trained_and_saved(recipe: Recipe) -> tuple[list[Event], tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+    """All events of a run, and copies of what its checkpoint of step 3 holds."""
     events, saved = [], None
     for event in train(recipe):
         events.append(event)
@@ -173,6 +171,15 @@ def test_resuming_from_parts_continues_bitwise(balance) -> None:
             tensors, values = event.state.parts()
             saved = {name: tensor.clone() for name, tensor in tensors.items()}, values
     assert saved is not None
+    return events, saved
+
+
+@pytest.mark.parametrize(
+    "balance", [LossFreeBias(sequence_coefficient=0.01), LossFreeBias(centred=True), AuxiliaryLoss(), NoBalance()]
+)
+def test_resuming_from_parts_continues_bitwise(balance) -> None:
+    recipe = tiny_recipe(accumulation_steps=2, balance=balance, dtype="float32")
+    events, saved = trained_and_saved(recipe)
     resumed = list(train(recipe, TrainState.from_parts(recipe, *saved)))
     assert losses_of(resumed) == losses_of(events)[3:]
     np.testing.assert_array_equal(steps_of(resumed)[-1].bias_LE, steps_of(events)[-1].bias_LE)
@@ -201,17 +208,10 @@ def compressed_recipe() -> Recipe:
 @pytest.mark.parametrize("recipe", [sparse_recipe(), sparse_recipe(indexer_weight=0.0), compressed_recipe()])
 def test_resuming_weights_that_nothing_trains_continues_bitwise(recipe: Recipe, dtype: str) -> None:
     recipe = replace(recipe, dtype=dtype)
-    events, saved = [], None
-    for event in train(recipe):
-        events.append(event)
-        if isinstance(event, Checkpoint) and event.step == 3:
-            tensors, values = event.state.parts()
-            saved = {name: tensor.clone() for name, tensor in tensors.items()}, values
-            fresh = TrainState(recipe).master
-            for name, weight in event.state.master.items():
-                assert torch.equal(weight, fresh[name]) == (name in values["without_moments"]), name
-    assert saved is not None
-    idle = saved[1]["without_moments"]
+    events, saved = trained_and_saved(recipe)
+    tensors, idle = saved[0], saved[1]["without_moments"]
+    for name, weight in TrainState(recipe).master.items():
+        assert torch.equal(weight, tensors[f"parameter.{name}"]) == (name in idle), name
     assert all("indexer" in name for name in idle)
     taught = recipe.indexer_weight > 0 and isinstance(recipe.model.layers[0].attention, SparseLatentAttention)
     assert bool(idle) == (not taught)

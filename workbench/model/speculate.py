@@ -55,12 +55,12 @@ class Drafter:
             layer, cache = self.decoder.mtp_layers[depth - 1], self.caches[depth - 1]
             first = cache.length
             turn = turns[len(self.decoder.layers) + depth - 1]
-            hidden_BTD, *_ = layer(
+            hidden_BTD = layer(
                 self.hidden[depth - 1][:, first:end],
                 self.decoder.embed_tokens(tokens[:, first + depth : end + depth]),
                 Rotation(*(part[first:] for part in turn)),
                 cache,
-            )
+            ).hidden
             self.hidden[depth] = torch.cat((self.hidden[depth][:, :first], hidden_BTD), dim=1)
             logits_BV = self.decoder.lm_head(hidden_BTD[:, -1])
             rows.append(distribution(logits_BV, temperature=temperature, top_p=top_p))
