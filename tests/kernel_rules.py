@@ -13,6 +13,11 @@ Pair = Callable[..., tuple[Tensor, Tensor]]
 
 ODD_SIZES = (1, 60, 129)
 
+# Where the twins run: on a GPU, or else in Triton's interpreter, which cannot round bfloat16.
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+
 
 def assert_obeys_rule(candidate: Op, reference: Op, inputs: Sequence[Tensor]) -> None:
     """Output and every gradient: as exact as the reference allows, and the same bits in every run.

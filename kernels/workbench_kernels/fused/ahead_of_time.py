@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -16,41 +16,54 @@ from triton.compiler import ASTSource
 # Shared memory that one program may use, in bytes.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
-MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+# Instructions of the matrix units: of one warp, and the target's widest, which take a whole tile.
+NARROW = {"sm_80": "mma.sync", "sm_90": "mma.sync", "sm_100": "mma.sync", "gfx942": "v_mfma"}
+WIDE = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one configuration, as its launcher would compile it."""
+    """One kernel in one configuration, as its launcher would compile it on the `architectures` where it chooses it.
+
+    `matrix` says which instructions of the matrix units its products must use, if it makes any.
+    """
 
     name: str
     kernel: Any  # a function under triton.jit
     arguments: dict[str, str]  # run-time argument -> Triton type ("*bf16", "i32")
     constants: dict[str, Any]
     num_warps: int
+    num_stages: int | None = None  # None: Triton's own choice
+    matrix: Literal["wide", "narrow"] | None = None
+    architectures: tuple[str, ...] = tuple(SHARED_LIMIT)
 
     @property
     def tile(self) -> str:
         """The sizes of the tile, in the order of the kernel's arguments."""
         return " x ".join(str(value) for name, value in self.constants.items() if name.startswith("BLOCK"))
 
-    def retyped(self, kind: str) -> Case:
-        """The same for tensors of another Triton type in the place of bfloat16."""
-        arguments = {name: old.replace("*bf16", f"*{kind}") for name, old in self.arguments.items()}
-        return replace(self, name=f"{self.name} {kind}", arguments=arguments)
-
 
 @dataclass(frozen=True)
 class Usage:
     """What a compiled kernel takes; `spills` in bytes on NVIDIA, in registers on AMD.
 
-    `matrix_instructions` counts those of the matrix units in its text: of whole groups of warps alone on sm_90.
+    `matrix_instructions` counts those of the matrix units in its text, by their names.
     """
 
     registers: int
     spills: int
     shared_bytes: int
-    matrix_instructions: int
+    matrix_instructions: dict[str, int]
+
+    def faults(self, case: Case, architecture: str) -> list[str]:
+        """What a kernel may not do on a target: spill, ask for more shared memory than there is, multiply by hand."""
+        wanted = {"wide": WIDE[architecture], "narrow": NARROW[architecture], None: None}[case.matrix]
+        found = [f"spills {self.spills}"] if self.spills else []
+        if self.shared_bytes > SHARED_LIMIT[architecture]:
+            found.append(f"{self.shared_bytes} bytes of shared memory, of {SHARED_LIMIT[architecture]}")
+        if wanted is not None and not self.matrix_instructions.get(wanted):
+            found.append(f"no {wanted}")
+        return found
 
 
 def compile_case(case: Case, architecture: str) -> Usage:
@@ -61,10 +74,12 @@ def compile_case(case: Case, architecture: str) -> Usage:
         (index,): [["tt.divisibility", 16]] for index, name in enumerate(types) if types[name].startswith("*")
     }
     source = ASTSource(fn=case.kernel, signature=types, constexprs=case.constants, attrs=attributes)
-    compiled = triton.compile(source, target=_target(architecture), options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps} | ({} if case.num_stages is None else {"num_stages": case.num_stages})
+    compiled = triton.compile(source, target=_target(architecture), options=options)
     registers, spills = _amd(compiled) if architecture.startswith("gfx") else _nvidia(compiled)
-    text, instruction = ("amdgcn", "v_mfma") if architecture.startswith("gfx") else ("ptx", MATRIX[architecture])
-    return Usage(registers, spills, compiled.metadata.shared, compiled.asm[text].count(instruction))
+    text = compiled.asm["amdgcn" if architecture.startswith("gfx") else "ptx"]
+    counts = {name: text.count(name) for name in (NARROW[architecture], WIDE[architecture])}
+    return Usage(registers, spills, compiled.metadata.shared, {name: n for name, n in counts.items() if n})
 
 
 def _target(architecture: str) -> GPUTarget:

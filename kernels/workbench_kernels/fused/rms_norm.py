@@ -85,9 +85,9 @@ def backward(
     return grad_x, partial.sum(dim=0).to(weight.dtype)
 
 
-def cases() -> list[Case]:
-    """Every tile that the launchers choose, filled by its row and not quite filled, in bfloat16."""
-    tensors = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "rstd_ptr": "*fp32", "num_rows": "i32"}
+def cases(kind: str) -> list[Case]:
+    """Every tile that the launchers choose, filled by its row and not quite filled."""
+    tensors = {"x_ptr": f"*{kind}", "weight_ptr": f"*{kind}", "rstd_ptr": "*fp32", "num_rows": "i32"}
     found = []
     block_d = MIN_BLOCK_D
     widths = []
@@ -96,11 +96,11 @@ def cases() -> list[Case]:
         block_d *= 2
     for width in widths:
         for kernel, launch, arguments, of_sum in (
-            (rms_norm_fwd_kernel, launch_for(width), {"y_ptr": "*bf16", "eps": "fp32"}, ("residual", "total")),
+            (rms_norm_fwd_kernel, launch_for(width), {"y_ptr": f"*{kind}", "eps": "fp32"}, ("residual", "total")),
             (
                 rms_norm_bwd_kernel,
                 launch_for(width),
-                {"grad_ptr": "*bf16", "grad_x_ptr": "*bf16", "partial_ptr": "*fp32", "tiles_per_program": "i32"},
+                {"grad_ptr": f"*{kind}", "grad_x_ptr": f"*{kind}", "partial_ptr": "*fp32", "tiles_per_program": "i32"},
                 ("further",),
             ),
         ):
@@ -109,7 +109,7 @@ def cases() -> list[Case]:
             plain = tile | {"OF_SUM": False} | dict.fromkeys(extra)
             name = f"{kernel.__name__} D={width}"
             found.append(Case(name, kernel, tensors | arguments, plain, launch.num_warps))
-            pointers = tensors | arguments | dict.fromkeys(extra, "*bf16")
+            pointers = tensors | arguments | dict.fromkeys(extra, f"*{kind}")
             found.append(Case(f"{name} of a sum", kernel, pointers, tile | {"OF_SUM": True}, launch.num_warps))
     return found
 

@@ -48,9 +48,9 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return out
 
 
-def cases() -> list[Case]:
-    """Every tile that the launcher chooses, filled and not quite filled, in both layouts and bfloat16."""
-    tensors = {"x_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "out_ptr": "*bf16"}
+def cases(kind: str) -> list[Case]:
+    """Every tile that the launcher chooses, filled and not quite filled, in both layouts."""
+    tensors = {"x_ptr": f"*{kind}", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "out_ptr": f"*{kind}"}
     sizes = ("num_rows", "num_positions", "num_heads", "stride_b", "stride_t", "stride_h")
     found, block_p = [], MIN_BLOCK_P
     while block_p <= MAX_WIDTH // 2:

@@ -1,0 +1,49 @@
+"""Break a Triton twin on purpose: a test that cannot see it proves nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import workbench_kernels.fused
+
+
+class Mutation(NamedTuple):
+    """One mask, scale, sign or index of a kernel, and what stands in its place instead."""
+
+    kernel: str
+    right: str
+    wrong: str
+
+
+def assert_seen(op: str, mutation: Mutation, folder: Path, proof: Callable[[], None]) -> None:
+    """`proof`, a test of the op that passes with its twin as it is, fails with the mutated one."""
+    with mutated(op, mutation, folder), pytest.raises(AssertionError):
+        proof()
+
+
+@contextmanager
+def mutated(op: str, mutation: Mutation, folder: Path) -> Iterator[None]:
+    """Let the package use a twin in which `right`, found exactly once in that kernel, is `wrong`."""
+    original = importlib.import_module(f"workbench_kernels.fused.{op}")
+    text = Path(inspect.getfile(original)).read_text(encoding="utf-8")
+    before, start, kernel = text.partition(f"def {mutation.kernel}(")
+    body, *rest = kernel.split("\n@triton.jit\n", 1)
+    assert start and body.count(mutation.right) == 1, f"{mutation.right!r} must stand once in {mutation.kernel}"
+    path = folder / f"{op}.py"
+    path.write_text(
+        before + start + "\n@triton.jit\n".join([body.replace(mutation.right, mutation.wrong), *rest]), encoding="utf-8"
+    )
+    spec = importlib.util.spec_from_file_location(f"mutated_{op}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workbench_kernels.fused, op, module)
+        yield
