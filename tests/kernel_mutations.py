@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import pytest
 
-import workbench_kernels.fused
-
 
 class Mutation(NamedTuple):
     """One mask, scale, sign or index of a kernel, and what stands in its place instead."""
@@ -22,28 +20,28 @@ class Mutation(NamedTuple):
     wrong: str
 
 
-def assert_seen(op: str, mutation: Mutation, folder: Path, proof: Callable[[], None]) -> None:
-    """`proof`, a test of the op that passes with its twin as it is, fails with the mutated one."""
-    with mutated(op, mutation, folder), pytest.raises(AssertionError):
+def assert_seen(twin: str, mutation: Mutation, folder: Path, proof: Callable[[], None]) -> None:
+    """`proof`, a test that passes with the twin `fused/<twin>.py` as it is, fails with the mutated one."""
+    with mutated(twin, mutation, folder), pytest.raises(AssertionError):
         proof()
 
 
 @contextmanager
-def mutated(op: str, mutation: Mutation, folder: Path) -> Iterator[None]:
-    """Let the package use a twin in which `right`, found exactly once in that kernel, is `wrong`."""
-    original = importlib.import_module(f"workbench_kernels.fused.{op}")
+def mutated(twin: str, mutation: Mutation, folder: Path) -> Iterator[None]:
+    """Let `fused/<twin>.py` launch a kernel in which `right`, found exactly once, is `wrong`."""
+    original = importlib.import_module(f"workbench_kernels.fused.{twin}")
     text = Path(inspect.getfile(original)).read_text(encoding="utf-8")
     before, start, kernel = text.partition(f"def {mutation.kernel}(")
     body, *rest = kernel.split("\n@triton.jit\n", 1)
     assert start and body.count(mutation.right) == 1, f"{mutation.right!r} must stand once in {mutation.kernel}"
-    path = folder / f"{op}.py"
+    path = folder / f"{twin}.py"
     path.write_text(
         before + start + "\n@triton.jit\n".join([body.replace(mutation.right, mutation.wrong), *rest]), encoding="utf-8"
     )
-    spec = importlib.util.spec_from_file_location(f"mutated_{op}", path)
+    spec = importlib.util.spec_from_file_location(f"mutated_{twin}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbench_kernels.fused, op, module)
+        patch.setattr(original, mutation.kernel, getattr(module, mutation.kernel))
         yield
