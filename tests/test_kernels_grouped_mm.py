@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grouped_cases import NAN, OPTIONS, make, make_with_options
 from kernel_rules import ODD_SIZES, assert_obeys_rule, results
-from torch import Tensor
 
-from workbench_kernels import grouped_mm
+from workbench_kernels import SWIGLU, grouped_mm
 from workbench_kernels.grouped_mm import reference
-
-NAN = float("nan")
-
-
-def make(sizes: list[int], k: int, n: int, dtype: torch.dtype, unowned: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    offs = torch.tensor(sizes).cumsum(0, dtype=torch.int32)
-    x = torch.randn(sum(sizes) + unowned, k).to(dtype)
-    x[sum(sizes) :] = NAN
-    return x, torch.randn(len(sizes), n, k).to(dtype), offs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -26,6 +16,21 @@ def make(sizes: list[int], k: int, n: int, dtype: torch.dtype, unowned: int = 0)
 @pytest.mark.parametrize("n", [*ODD_SIZES, 64])
 def test_obeys_the_rule(k: int, n: int, dtype: torch.dtype) -> None:
     assert_obeys_rule(grouped_mm, reference, make([0, 60, 1, 0, 129, 0], k, n, dtype, unowned=3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("width", [7, 32])
+def test_options_obey_the_rule(width: int, name: str, dtype: torch.dtype) -> None:
+    inputs, ours, definition = make_with_options([0, 9, 1, 0], width, 5, dtype, name)
+    assert_obeys_rule(ours, definition, inputs)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_of_options_by_finite_differences(name: str) -> None:
+    inputs, ours, _ = make_with_options([0, 3, 1], 3, 2, torch.float64, name)
+    leaves = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in inputs]
+    assert torch.autograd.gradcheck(ours, leaves)
 
 
 @pytest.mark.parametrize("width", [7, 32])
@@ -75,9 +80,10 @@ def test_op_is_registered_correctly(width: int) -> None:
     x, weight, offs = make([3, 0, 2], width, width, torch.float32, unowned=1)
     x[5:] = 0.0  # opcheck compares with itself, and NaN is unequal to itself
     torch.library.opcheck(
-        torch.ops.workbench_kernels.grouped_mm.default, (x.requires_grad_(), weight.requires_grad_(), offs)
+        torch.ops.workbench_kernels.grouped_mm.default, (x.requires_grad_(), weight.requires_grad_(), offs, False)
     )
-    torch.library.opcheck(torch.ops.workbench_kernels.grouped_mm_weight_grad.default, (x.detach(), x.detach(), offs))
+    rows = x.detach()
+    torch.library.opcheck(torch.ops.workbench_kernels.grouped_mm_weight_grad.default, (rows, rows, offs, False))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -98,7 +104,12 @@ def test_compiles_as_one_graph() -> None:
         ({"offs": torch.tensor([2, 4], dtype=torch.int32)}, r"0\.\.3"),
         ({"offs": torch.tensor([-1, 2], dtype=torch.int32)}, "must not decrease"),
         ({"impl": "fast"}, "impl='fast'"),
-        ({"impl": "fused"}, "grouped_mm has no fused tier yet"),
+        ({"impl": "fused"}, "only with TRITON_INTERPRET=1"),
+        ({"bias": torch.zeros(2, 5)}, r"bias \(torch.float32 \[2, 5\]\) must be \[2, 6\]"),
+        ({"gather_idx": torch.zeros(3)}, r"gather_idx \(torch.float32 \[3\]\) must be int32 or int64 \[M\], M = 3"),
+        ({"scatter_idx": torch.zeros(2, dtype=torch.int32)}, r"scatter_idx .* M = 3"),
+        ({"row_scale": torch.zeros(2)}, r"row_scale .* must be floating \[3\]"),
+        ({"weight": torch.zeros(2, 5, 4), "activation": SWIGLU}, r"must be \[E, 2N, K\] with an activation"),
     ],
 )
 def test_refuses(change: dict, message: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_mutations import Mutation, assert_seen
-from kernel_rules import DEVICE, DTYPES, INTERPRETED, assert_obeys_rule
+from kernel_rules import DEVICE, DTYPES, assert_obeys_rule
 from routing_cases import OPTIONS, assert_same_choice, differentiable, make_logits
 
 from workbench_kernels import moe_route
@@ -97,12 +97,12 @@ def proof() -> None:
         test_obeys_the_rule(name, torch.float32)
 
 
-@pytest.mark.parametrize("mutation", ROUTE_MUTATIONS if INTERPRETED else [])
+@pytest.mark.parametrize("mutation", ROUTE_MUTATIONS)
 def test_sees_a_mutated_kernel(mutation: Mutation, tmp_path: Path) -> None:
     assert_seen("moe_route", mutation, tmp_path, proof)
 
 
-@pytest.mark.parametrize("mutation", ORDER_MUTATIONS if INTERPRETED else [])
+@pytest.mark.parametrize("mutation", ORDER_MUTATIONS)
 def test_sees_a_mutated_kernel_of_the_order(mutation: Mutation, tmp_path: Path) -> None:
     assert_seen("expert_tiles", mutation, tmp_path, partial(test_orders_pairs_as_the_definition, 9000, 7, 7))
 

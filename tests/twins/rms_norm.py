@@ -62,7 +62,7 @@ def test_sums_several_tiles_per_program() -> None:
     assert_obeys_rule(fused, definition, make(rows, 1023, torch.float32))
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS if INTERPRETED else [])
+@pytest.mark.parametrize("mutation", MUTATIONS)
 def test_sees_a_mutated_kernel(mutation: Mutation, tmp_path: Path) -> None:
     proof = (
         test_sums_several_tiles_per_program

@@ -48,7 +48,7 @@ def test_takes_strides(interleaved: bool) -> None:
     torch.testing.assert_close(found, reference(view, *turn, interleaved=interleaved), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS if INTERPRETED else [])
+@pytest.mark.parametrize("mutation", MUTATIONS)
 def test_sees_a_mutated_kernel(mutation: Mutation, tmp_path: Path) -> None:
     assert_seen("rope", mutation, tmp_path, partial(test_takes_strides, True))
 

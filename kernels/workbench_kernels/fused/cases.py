@@ -1,9 +1,16 @@
 """Every kernel in every configuration that a launcher can choose."""
 
-from workbench_kernels.fused import moe_route, rms_norm, rope
+from workbench_kernels.fused import grouped_mm, moe_route, rms_norm, rope
 from workbench_kernels.fused.ahead_of_time import Case
+
+CASES_OF = {
+    "grouped_mm": grouped_mm.cases,
+    "moe_route": moe_route.cases,
+    "rms_norm": rms_norm.cases,
+    "rope": rope.cases,
+}
 
 
 def all_cases(kind: str = "bf16") -> dict[str, list[Case]]:
     """The cases of each op with a Triton twin, for tensors of one Triton type: "bf16", "fp16" or "fp32"."""
-    return {"moe_route": moe_route.cases(kind), "rms_norm": rms_norm.cases(kind), "rope": rope.cases(kind)}
+    return {op: cases(kind) for op, cases in CASES_OF.items()}
