@@ -7,33 +7,12 @@ import math
 import pytest
 import torch
 from kernel_rules import ODD_SIZES, assert_obeys_rule, results
+from mixture_cases import make, make_biased, with_biases
 from torch import Tensor
 
 from workbench_kernels import GatedActivation, moe_mlp
 from workbench_kernels.expert_order import group_unit, sort_by_expert
 from workbench_kernels.moe_mlp import FEW_PAIRS, reference
-
-
-def make(
-    tokens: int,
-    width: int,
-    hidden: int,
-    dtype: torch.dtype,
-    *,
-    experts: int = 8,
-    active: int = 2,
-    used: int | None = None,
-    weights_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Tokens choose among the first `used` experts."""
-    torch.manual_seed(0)
-    return (
-        torch.randn(tokens, width).to(dtype),
-        (torch.randn(experts, 2 * hidden, width) / math.sqrt(width)).to(dtype),
-        (torch.randn(experts, width, hidden) / math.sqrt(hidden)).to(dtype),
-        torch.rand(tokens, used or experts).argsort(dim=1)[:, :active].contiguous(),
-        torch.rand(tokens, active).to(weights_dtype or dtype),
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -80,19 +59,6 @@ def test_obeys_the_rule_without_tokens() -> None:
 
 def test_obeys_the_rule_with_float32_router_weights() -> None:
     assert_obeys_rule(moe_mlp, reference, make(60, 64, 32, torch.bfloat16, weights_dtype=torch.float32))
-
-
-CLAMPED = GatedActivation(limit=0.8, alpha=1.7, offset=1.0)
-
-
-def with_biases(op, activation=CLAMPED):
-    """The op with biases as two more tensors, and a clamp that many products of `make` reach."""
-    return lambda *tensors: op(*tensors[:5], b13=tensors[5], b2=tensors[6], activation=activation)
-
-
-def make_biased(*args, **kwargs) -> tuple[Tensor, ...]:
-    inputs = make(*args, **kwargs)
-    return (*inputs, *(torch.randn(matrix.shape[:2]).to(matrix.dtype) for matrix in inputs[1:3]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -209,7 +175,7 @@ def test_op_is_registered_correctly(tokens: int, width: int, dtype: torch.dtype)
     inputs = tuple(tensor.requires_grad_(tensor.is_floating_point()) for tensor in (x, w13, w2, indices, weights))
     biases = tuple(tensor.to(dtype).requires_grad_() for tensor in (torch.randn(4, 2 * width), torch.randn(4, width)))
     for rest in ((None, None, math.inf, 1.0, 0.0), (*biases, 0.7, 1.7, 1.0)):
-        torch.library.opcheck(torch.ops.workbench_kernels.moe_mlp.default, (*inputs, *rest))
+        torch.library.opcheck(torch.ops.workbench_kernels.moe_mlp.default, (*inputs, *rest, False))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -238,7 +204,7 @@ def test_compiles_as_one_graph() -> None:
         ({"weights": torch.zeros(3, 2, dtype=torch.float64)}, "float64"),
         ({"b13": torch.zeros(2, 4)}, r"b13 \(torch.float32 \[2, 4\]\) must be \[2, 8\] in torch.float32"),
         ({"b2": torch.zeros(2, 4, dtype=torch.float64)}, r"b2 \(torch.float64 \[2, 4\]\) must be"),
-        ({"impl": "fused"}, "moe_mlp has no fused tier yet"),
+        ({"impl": "fused"}, "only with TRITON_INTERPRET=1"),
     ],
 )
 def test_refuses(change: dict, message: str) -> None:

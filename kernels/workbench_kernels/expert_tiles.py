@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MAX_EXPERTS = 2_047  # one program of the Triton twins holds the ends of all
+
 
 class ExpertOrder(NamedTuple):
     """P pairs sorted by expert, pairs in order within each, and their rows cut into tiles.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workbench_kernels.expert_tiles import MAX_EXPERTS
 from workbench_kernels.gated import GatedActivation
 from workbench_kernels.tier import Tier, resolve, unwatched
 
@@ -63,7 +64,7 @@ def grouped_mm(
     options = Options(bias, gather_idx, scatter_idx, row_scale, activation, out_dtype)
     _check(x, weight, offs)
     _check_options(x, weight, options)
-    tier = resolve("grouped_mm", impl, x.device, x.dtype)
+    tier = resolve("grouped_mm", impl, x.device, x.dtype, fits=len(weight) <= MAX_EXPERTS)
     if tier == "reference":
         return reference(x, weight, offs, options)
     if options == Options():

@@ -20,6 +20,7 @@ from workbench_kernels.expert_order import (
     sort_by_expert,
     take_rows,
 )
+from workbench_kernels.expert_tiles import MAX_EXPERTS
 from workbench_kernels.gated import SWIGLU, GatedActivation
 from workbench_kernels.grouped_mm import rows_by_experts, rows_by_rows
 from workbench_kernels.tier import resolve, unwatched
@@ -45,7 +46,7 @@ def moe_mlp(
         x: [N, K] tokens.
         w13: [E, 2F, K], gate above up, of the dtype of `x`.
         w2: [E, K, F], of the dtype of `x`.
-        indices: int64 [N, A], the experts of each token, in 0..E-1.
+        indices: int64 [N, A], the experts of each token, in 0..E-1; on a GPU they are not looked at.
         weights: [N, A], in the dtype of `x` or float32.
         b13: [E, 2F], added to the gate and up products, of the dtype of `x`.
         b2: [E, K], added to what `w2` makes, before `weights`; of the dtype of `x`.
@@ -54,7 +55,7 @@ def moe_mlp(
 
     Returns:
         [N, K] in the dtype of `x`. The gradient of an expert that no token chose is exactly zero.
-        For backward the torch form keeps the gate and up products [M, 2F] and nothing else as large.
+        For backward the gate and up products [M, 2F] are kept and nothing else as large.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or an index lies outside 0..E-1.
@@ -63,14 +64,19 @@ def moe_mlp(
     """
     _check(x, w13, w2, indices, weights)
     _check_biases(x, w13, w2, b13, b2)
-    tier = resolve("moe_mlp", impl, x.device, x.dtype)
+    tier = resolve("moe_mlp", impl, x.device, x.dtype, fits=len(w13) <= MAX_EXPERTS)
     if tier == "reference":
         return reference(x, w13, w2, indices, weights, b13=b13, b2=b2, activation=activation)
-    if tier == "torch" and unwatched(x, w13, w2, weights, b13, b2):
+    alone = unwatched(x, w13, w2, weights, b13, b2)
+    if tier == "fused" and alone:
+        from workbench_kernels.fused import moe_mlp as twin
+
+        return twin.forward(x, w13, w2, indices, weights, b13, b2, activation, keep=False).out
+    if alone:
         if 0 < indices.numel() <= FEW_PAIRS:
             return few_pairs(x, w13, w2, indices, weights, b13, b2, activation)
         return _forward(x, w13, w2, indices, weights, b13, b2, activation)[0]
-    return _moe_mlp(x, w13, w2, indices, weights, b13, b2, *activation)[0]
+    return _moe_mlp(x, w13, w2, indices, weights, b13, b2, *activation, tier == "fused")[0]
 
 
 def reference(
@@ -154,7 +160,7 @@ def _check_biases(x: Tensor, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Te
             raise ValueError(f"{name} ({bias.dtype} {list(bias.shape)}) must be {list(shape)} in {x.dtype}")
 
 
-@torch.library.custom_op("workbench_kernels::moe_mlp", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("workbench_kernels::moe_mlp", mutates_args=())
 def _moe_mlp(
     x: Tensor,
     w13: Tensor,
@@ -166,8 +172,15 @@ def _moe_mlp(
     limit: float,
     alpha: float,
     offset: float,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward(x, w13, w2, indices, weights, b13, b2, GatedActivation(limit, alpha, offset))
+    activation = GatedActivation(limit, alpha, offset)
+    if fused:
+        from workbench_kernels.fused import moe_mlp as twin
+
+        out, gate_up, pair, row, offs = twin.forward(x, w13, w2, indices, weights, b13, b2, activation)
+        return out, gate_up, pair, row, offs, pair.new_empty(0)
+    return _forward(x, w13, w2, indices, weights, b13, b2, activation)
 
 
 def _forward(
@@ -204,26 +217,29 @@ def _(
     limit: float,
     alpha: float,
     offset: float,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_experts = w13.shape[0]
-    num_padding = num_experts * (group_unit(x.dtype, indices.numel(), num_experts) - 1)
+    num_padding = 0 if fused else num_experts * (group_unit(x.dtype, indices.numel(), num_experts) - 1)
     num_rows = indices.numel() + num_padding
+    whole = torch.int32 if fused else torch.int64
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(num_rows, w13.shape[1]),
-        indices.new_empty(num_rows),
-        indices.new_empty(indices.shape),
+        indices.new_empty(num_rows, dtype=whole),
+        indices.new_empty(indices.shape, dtype=whole),
         indices.new_empty(num_experts, dtype=torch.int32),
-        indices.new_empty(num_padding),
+        indices.new_empty(num_padding, dtype=whole),
     )
 
 
-@torch.library.custom_op("workbench_kernels::moe_mlp_grad", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("workbench_kernels::moe_mlp_grad", mutates_args=())
 def _moe_mlp_grad(
     grad: Tensor,
     x: Tensor,
     w13: Tensor,
     w2: Tensor,
+    indices: Tensor,
     weights: Tensor,
     gate_up: Tensor,
     pair: Tensor,
@@ -235,9 +251,16 @@ def _moe_mlp_grad(
     limit: float,
     alpha: float,
     offset: float,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, w13, w2, weights, b13 and b2; those of biases that are not there are empty."""
-    order, activation = Order(pair, row, offs, padding), GatedActivation(limit, alpha, offset)
+    activation = GatedActivation(limit, alpha, offset)
+    if fused:
+        from workbench_kernels.fused import moe_mlp as twin
+
+        kept = (gate_up, pair, row, offs)
+        return twin.backward(grad, x, w13, w2, indices, weights, *kept, b2, has_b13, activation)
+    order = Order(pair, row, offs, padding)
     weight_M1 = weights.reshape(-1, 1).index_select(0, pair).to(x.dtype)
     gate_MF, up_MF = gate_up.chunk(2, dim=1)
     gated_MF, raised_MF = activation.of_gate(gate_MF), activation.of_up(up_MF)
@@ -272,6 +295,7 @@ def _(
     x: Tensor,
     w13: Tensor,
     w2: Tensor,
+    indices: Tensor,
     weights: Tensor,
     gate_up: Tensor,
     pair: Tensor,
@@ -283,6 +307,7 @@ def _(
     limit: float,
     alpha: float,
     offset: float,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),
@@ -303,22 +328,22 @@ def _mix(rows_MK: Tensor, row_NA: Tensor, weights_NA: Tensor | None) -> Tensor:
 
 
 def _save(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w13, w2, _, weights, b13, b2, *ctx.activation = inputs
+    x, w13, w2, indices, weights, b13, b2, *ctx.options = inputs
     _, *kept = output
     ctx.has_b13 = b13 is not None
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # otherwise a zero gradient of what is kept is made for every backward
-    ctx.save_for_backward(x, w13, w2, weights, *kept, b2)
+    ctx.save_for_backward(x, w13, w2, indices, weights, *kept, b2)
 
 
 def _backward(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     has_b2 = ctx.saved_tensors[-1] is not None
-    grads = _moe_mlp_grad(grad, *ctx.saved_tensors, ctx.has_b13, *ctx.activation)
+    grads = _moe_mlp_grad(grad, *ctx.saved_tensors, ctx.has_b13, *ctx.options)
     grad_x, grad_w13, grad_w2, grad_weights, grad_b13, grad_b2 = grads
     biases = (grad_b13 if ctx.has_b13 else None, grad_b2 if has_b2 else None)
-    return (grad_x, grad_w13, grad_w2, None, grad_weights, *biases, None, None, None)
+    return (grad_x, grad_w13, grad_w2, None, grad_weights, *biases, None, None, None, None)
 
 
 _moe_mlp.register_autograd(_backward, setup_context=_save)

@@ -17,3 +17,8 @@ def architecture_of(device: torch.device) -> str:
     if torch.version.hip is not None or properties.shared_memory_per_block_optin < 160 * 1024:
         return "gfx942"
     return {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100")
+
+
+def precision_of(architecture: str) -> str:
+    """How float32 numbers are multiplied: by the matrix units in three parts, or as they are on AMD."""
+    return "ieee" if architecture.startswith("gfx") else "tf32x3"

@@ -1,10 +1,11 @@
 """Every kernel in every configuration that a launcher can choose."""
 
-from workbench_kernels.fused import grouped_mm, moe_route, rms_norm, rope
+from workbench_kernels.fused import grouped_mm, moe_mlp, moe_route, rms_norm, rope
 from workbench_kernels.fused.ahead_of_time import Case
 
 CASES_OF = {
     "grouped_mm": grouped_mm.cases,
+    "moe_mlp": moe_mlp.cases,
     "moe_route": moe_route.cases,
     "rms_norm": rms_norm.cases,
     "rope": rope.cases,

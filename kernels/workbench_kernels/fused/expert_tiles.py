@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench_kernels.expert_tiles import most_tiles
+from workbench_kernels.expert_tiles import MAX_EXPERTS, most_tiles
 from workbench_kernels.fused.ahead_of_time import Case
 
 BLOCK_P = 64  # pairs of one program
@@ -17,7 +17,6 @@ BLOCK_E = 32  # experts counted at a time
 BLOCK_B = 64  # blocks of pairs summed at a time
 NUM_WARPS = 4
 TILE = 4_096  # tiles x experts of one program of the map
-MAX_EXPERTS = 2_047
 
 
 def cdiv(numerator: int, denominator: int) -> int:
@@ -25,13 +24,19 @@ def cdiv(numerator: int, denominator: int) -> int:
 
 
 def expert_order(indices: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of an `ExpertOrder`; `indices` are int64 [N, A].
+    """The fields of an `ExpertOrder`; `indices` are int64 [N, A]."""
+    offs, pair, row = sort_by_expert(indices, num_experts)
+    tiles = _tile_map(offs, len(pair), tile_rows, most_tiles(len(pair), num_experts, tile_rows))
+    return offs, pair, row, tiles
+
+
+def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of an `ExpertOrder` but for the tiles.
 
     Raises:
         ValueError: there are more experts than one program can hold.
     """
-    if num_experts > MAX_EXPERTS:
-        raise ValueError(f"the fused expert order takes up to {MAX_EXPERTS} experts, not {num_experts}")
+    _check(num_experts)
     pairs = indices.contiguous()
     num_pairs, num_blocks = pairs.numel(), max(1, cdiv(pairs.numel(), BLOCK_P))
     before = pairs.new_empty(num_blocks, num_experts, dtype=torch.int32)
@@ -51,13 +56,22 @@ def expert_order(indices: Tensor, num_experts: int, tile_rows: int) -> tuple[Ten
             pairs, before, counts, offs, pair, row, num_pairs, num_experts, BLOCK_P,
             num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
-    tiles = _tile_map(offs, num_pairs, tile_rows, most_tiles(num_pairs, num_experts, tile_rows))
-    return offs, pair, row.view(indices.shape), tiles
+    return offs, pair, row.view(indices.shape)
 
 
 def tile_map(offs: Tensor, num_rows: int, tile_rows: int) -> Tensor:
-    """As `workbench_kernels.expert_tiles.tile_map`."""
+    """As `workbench_kernels.expert_tiles.tile_map`.
+
+    Raises:
+        ValueError: there are more experts than one program can hold.
+    """
+    _check(len(offs))
     return _tile_map(offs, num_rows, tile_rows, most_tiles(num_rows, len(offs) + 1, tile_rows))
+
+
+def _check(num_experts: int) -> None:
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(f"the fused tier takes up to {MAX_EXPERTS} experts, not {num_experts}")
 
 
 def _tile_map(offs: Tensor, num_rows: int, tile_rows: int, num_tiles: int) -> Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case
-from workbench_kernels.fused.architecture import architecture_of
+from workbench_kernels.fused.architecture import architecture_of, precision_of
 from workbench_kernels.fused.expert_tiles import cdiv, tile_map
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
 from workbench_kernels.gated import SWIGLU, GatedActivation
@@ -108,7 +108,7 @@ def forward(
     grouped_mm_fwd_kernel[(_programs(x.device, len(tiles) * cdiv(num_columns, block_n)),)](
         x.contiguous(), weight, bias, gather, scatter, row_scale, offs, tiles, out, gate_up, num_rows, len(tiles),
         clamp.limit, clamp.alpha, clamp.offset,
-        num_experts, num_columns, width, gather_div, turned, activation is not None, architecture == "gfx942",
+        num_experts, num_columns, width, gather_div, turned, activation is not None, precision_of(architecture),
         tile.block_m, block_n, tile.block_k, GROUP_M,
         num_warps=tile.num_warps,  # pyright: ignore[reportCallIssue]
         num_stages=tile.num_stages,  # pyright: ignore[reportCallIssue]
@@ -124,24 +124,25 @@ def weight_grad(
     grad_gather: Tensor | None = None,
     x_gather: Tensor | None = None,
     gather_div: int = 1,
-    bias_dtype: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
+    with_bias: bool = False,
+    bias_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`grad[rows of e].T @ x[rows of e]`, [E, N, K], and the sum of the rows of `grad`, [E, N], if `bias_dtype`.
+    """`grad[rows of e].T @ x[rows of e]`, [E, N, K], and `with_bias` the sum of the rows of `grad`, [E, N].
 
-    Row m of either is row `gather[m] // gather_div` of the tensor where a gather is given.
+    Row m of either is row `gather[m] // gather_div` of the tensor where a gather is given; `bias_scale` [M] multiplies
+    the rows in that sum alone.
     """
     check_dtype(x.dtype)
     num_experts, num_columns, width = len(offs), grad.shape[1], x.shape[1]
-    out = x.new_empty(num_experts, num_columns, width, dtype=dtype or x.dtype)
-    bias = None if bias_dtype is None else x.new_empty(num_experts, num_columns, dtype=bias_dtype)
+    out = x.new_empty(num_experts, num_columns, width)
+    bias = x.new_empty(num_experts, num_columns) if with_bias else None
     if out.numel():
         architecture = architecture_of(x.device)
         tile = launch_for(FULL_ROWS, width, num_columns, x.dtype.itemsize, architecture)
         grid = (cdiv(num_columns, tile.block_m) * cdiv(width, tile.block_n), num_experts)
         grouped_mm_bwd_weight_kernel[grid](
-            grad.contiguous(), x.contiguous(), grad_gather, x_gather, offs, out, bias,
-            num_columns, width, gather_div, architecture == "gfx942", tile.block_m, tile.block_n, tile.block_k,
+            grad.contiguous(), x.contiguous(), grad_gather, x_gather, bias_scale, offs, out, bias,
+            num_columns, width, gather_div, precision_of(architecture), tile.block_m, tile.block_n, tile.block_k,
             num_warps=tile.num_warps,  # pyright: ignore[reportCallIssue]
             num_stages=tile.num_stages,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
@@ -187,7 +188,7 @@ def _forward_case(kind: str, architecture: str, tile: Launch, form: str, *, odd:
     optional = {"bias_ptr": f"*{kind}", "gather_ptr": "*i32", "scatter_ptr": "*i32", "scale_ptr": "*fp32"}
     optional |= {"gate_up_ptr": f"*{kind}"}
     constants = {"E": 64, "N": 1024 - odd, "K": 2048 - odd, "GATHER_DIV": 8, "TURNED": turned, "GATED": gated}
-    constants |= {"EXACT": architecture == "gfx942", "GROUP_M": GROUP_M}
+    constants |= {"PRECISION": precision_of(architecture), "GROUP_M": GROUP_M}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": block_n, "BLOCK_K": tile.block_k}
     if gated:
         arguments |= optional
@@ -202,9 +203,9 @@ def _forward_case(kind: str, architecture: str, tile: Launch, form: str, *, odd:
 
 def _weight_case(kind: str, architecture: str, tile: Launch, fused: bool, *, odd: bool = False) -> Case:
     arguments = {"grad_ptr": f"*{kind}", "x_ptr": f"*{kind}", "offs_ptr": "*i32", "out_ptr": f"*{kind}"}
-    constants = {"N": 1024 - odd, "K": 2048 - odd, "GATHER_DIV": 8, "EXACT": architecture == "gfx942"}
+    constants = {"N": 1024 - odd, "K": 2048 - odd, "GATHER_DIV": 8, "PRECISION": precision_of(architecture)}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    optional = {"grad_gather_ptr": "*i32", "x_gather_ptr": "*i32", "bias_ptr": f"*{kind}"}
+    optional = {"grad_gather_ptr": "*i32", "x_gather_ptr": "*i32", "scale_ptr": f"*{kind}", "bias_ptr": f"*{kind}"}
     if fused:
         arguments |= optional
     else:
@@ -221,10 +222,9 @@ def grouped_mm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, gather_ptr, scatter_ptr, scale_ptr, offs_ptr, tiles_ptr, out_ptr, gate_up_ptr,
     num_rows, num_tiles, limit, alpha, raised,
     E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GATHER_DIV: tl.constexpr, TURNED: tl.constexpr,
-    GATED: tl.constexpr, EXACT: tl.constexpr,
+    GATED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32x3"
     column_tiles = tl.cdiv(N, BLOCK_N)
     rows_of_weight: tl.constexpr = 2 * N if GATED else N
     for work in range(tl.program_id(0), num_tiles * column_tiles, tl.num_programs(0)):
@@ -294,12 +294,11 @@ def grouped_mm_fwd_kernel(
 
 @triton.jit
 def grouped_mm_bwd_weight_kernel(
-    grad_ptr, x_ptr, grad_gather_ptr, x_gather_ptr, offs_ptr, out_ptr, bias_ptr,
-    N: tl.constexpr, K: tl.constexpr, GATHER_DIV: tl.constexpr, EXACT: tl.constexpr,
+    grad_ptr, x_ptr, grad_gather_ptr, x_gather_ptr, scale_ptr, offs_ptr, out_ptr, bias_ptr,
+    N: tl.constexpr, K: tl.constexpr, GATHER_DIV: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_M of N, BLOCK_N of K] of one expert; BLOCK_K of its rows at a time."""
-    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32x3"
     expert = tl.program_id(1).to(tl.int64)
     tiles_of_k = tl.cdiv(K, BLOCK_N)
     n = (tl.program_id(0) // tiles_of_k).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -323,7 +322,10 @@ def grouped_mm_bwd_weight_kernel(
         x = tl.load(x_ptr + x_row[:, None] * K + k[None, :], mask=known[:, None] & (k < K)[None, :], other=0.0)
         total = tl.dot(grad, x, total, input_precision=PRECISION)
         if bias_ptr is not None:
-            column_sum += tl.sum(grad.to(tl.float32), axis=1)
+            weighted = grad.to(tl.float32)
+            if scale_ptr is not None:
+                weighted *= tl.load(scale_ptr + row, mask=known, other=0.0).to(tl.float32)[None, :]
+            column_sum += tl.sum(weighted, axis=1)
     place = out_ptr + expert * (N * K) + n[:, None] * K + k[None, :]
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
     if bias_ptr is not None and tl.program_id(0) % tiles_of_k == 0:
