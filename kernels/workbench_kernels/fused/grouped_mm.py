@@ -16,6 +16,7 @@ from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case
 from workbench_kernels.fused.architecture import architecture_of, precision_of
 from workbench_kernels.fused.expert_tiles import cdiv, tile_map
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
+from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.gated import SWIGLU, GatedActivation
 
 FULL_ROWS = 64  # of an expert, from which on it fills a large tile
@@ -63,6 +64,14 @@ def launch_for(rows_per_expert: int, num_columns: int, width: int, itemsize: int
     return Launch(16, min(block_n, 128), large.block_k, 4, large.num_stages)
 
 
+def _chosen(kernel: str, shape: tuple[int, int, int, int], device: torch.device) -> Launch:
+    """What was measured for about as many rows, or the picker's tile."""
+    rows, columns, width, itemsize = shape
+    picked = launch_for(*shape, architecture_of(device))
+    about = 1 << rows.bit_length()
+    return chosen(picked, kernel, device, rows_below=about, columns=columns, width=width, bytes=itemsize)
+
+
 class Product(NamedTuple):
     """What a fused product makes: the rows, and the gate and up products if they were asked for."""
 
@@ -97,7 +106,8 @@ def forward(
     turned = not weight.is_contiguous()
     weight = weight.transpose(1, 2).contiguous() if turned else weight
     architecture = architecture_of(x.device)
-    tile = launch_for(num_rows // num_experts, num_columns, width, x.dtype.itemsize, architecture)
+    shape = num_rows // num_experts, num_columns, width, x.dtype.itemsize
+    tile = _chosen("grouped_mm_fwd_kernel", shape, x.device)
     block_n = tile.block_n if activation is None or tile.block_n < 128 else tile.block_n // 2
     out = x.new_empty(num_rows, num_columns, dtype=out_dtype or x.dtype)
     gate_up = x.new_empty(num_rows, 2 * num_columns) if keep else None
@@ -138,7 +148,8 @@ def weight_grad(
     bias = x.new_empty(num_experts, num_columns) if with_bias else None
     if out.numel():
         architecture = architecture_of(x.device)
-        tile = launch_for(FULL_ROWS, width, num_columns, x.dtype.itemsize, architecture)
+        shape = FULL_ROWS, width, num_columns, x.dtype.itemsize
+        tile = _chosen("grouped_mm_bwd_weight_kernel", shape, x.device)
         grid = (cdiv(num_columns, tile.block_m) * cdiv(width, tile.block_n), num_experts)
         grouped_mm_bwd_weight_kernel[grid](
             grad.contiguous(), x.contiguous(), grad_gather, x_gather, bias_scale, offs, out, bias,

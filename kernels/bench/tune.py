@@ -1,0 +1,100 @@
+"""Measure other launch parameters than the picker's on this GPU, and keep those that are faster.
+
+    python kernels/bench/tune.py --op grouped_mm          # tuned/<device>.json in workbench_kernels/fused
+
+Each kernel and shape that the op's benchmark cases ask for is tried with every parameter halved and doubled, one at a
+time and as long as that helps. A launch that does not compile, or whose result differs from the picker's by more than
+the rule of the benchmark allows, is left out. Ops read the file when they next start; nothing is measured inside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from run import CASES, Case, Clock, check
+
+from workbench_kernels.fused.tuned import Tuned, tuned
+
+BOUNDS = {"num_warps": (1, 16), "num_stages": (1, 6)}
+GAIN = 0.98  # of the time before: less is noise
+
+
+def neighbours(launch: Any) -> Iterator[Any]:
+    """The launches that differ in one number: a block halved or doubled, a stage less or more."""
+    for field in fields(launch):
+        value = getattr(launch, field.name)
+        steps = (value - 1, value + 1) if field.name == "num_stages" else (value // 2, value * 2)
+        low, high = BOUNDS.get(field.name, (16, 512))
+        for step in steps:
+            if low <= step <= high:
+                yield replace(launch, **{field.name: step})
+
+
+def improve(table: Tuned, key: str, milliseconds: Callable[[], float | None]) -> tuple[float, float]:
+    """Descend from the launch in use to the fastest near it; returns the time before and after.
+
+    `milliseconds` measures the op as the table says now, None if it does not run or is wrong.
+    """
+    best = table.choose(key, table.asked[key])
+    before = fastest = milliseconds()
+    if before is None or fastest is None:
+        raise SystemExit(f"{key}: the launch in use does not pass the check")
+    improved = True
+    while improved:
+        improved = False
+        for candidate in neighbours(best):
+            table.set(key, candidate)
+            time = milliseconds()
+            if time is not None and time < GAIN * fastest:
+                best, fastest, improved = candidate, time, True
+        table.set(key, best)
+    return before, fastest
+
+
+def measured(case: Case, clock: Clock, rounds: int) -> Callable[[], float | None]:
+    """The median time of forward and backward, None where the op fails or its result is wrong."""
+    grad = torch.randn_like(case.ours(*case.inputs))
+    leaves = [x.detach().requires_grad_(x.is_floating_point() and case.backward_work > 0) for x in case.inputs]
+
+    def both() -> None:
+        out = case.ours(*leaves)
+        if out.requires_grad:
+            out.backward(grad)
+
+    def milliseconds() -> float | None:
+        try:
+            check(case)
+            return statistics.median(clock.alternate({"ours": both}, rounds)["ours"])
+        except (RuntimeError, SystemExit):  # too much shared memory, too many registers; a wrong result
+            return None
+
+    return milliseconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=sorted(CASES), action="append", help="this op only; may be repeated")
+    parser.add_argument("--rounds", type=int, default=11)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("tuning needs a GPU: torch sees no CUDA or ROCm device")
+    table = tuned(torch.cuda.get_device_name())
+    clock = Clock("cuda")
+    for op in arguments.op or CASES:
+        for case in CASES[op](torch.bfloat16, "cuda"):
+            table.asked.clear()
+            time = measured(case, clock, arguments.rounds)
+            time()
+            for key in list(table.asked):
+                before, after = improve(table, key, time)
+                print(f"{case.op} {case.shape}: {key}: {before:.3f} -> {after:.3f} ms")
+                table.save()
+
+
+if __name__ == "__main__":
+    main()
