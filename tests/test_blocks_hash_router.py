@@ -17,7 +17,7 @@ from deepseek_v4_reference import (
 
 from workbench.blocks.hash_router import HashRouter
 from workbench.blocks.router import Router
-from workbench.blocks.scoring import ScoringFunction
+from workbench_kernels.moe_route import ScoringFunction
 
 WIDTH, EXPERTS, VOCAB, ACTIVE = 20, 7, 31, 3
 SETTINGS: dict[str, Any] = {

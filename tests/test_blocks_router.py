@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from workbench.blocks.balance import balance_loss, choice_counts, communication_loss, device_loss, updated_bias
-from workbench.blocks.router import Router, Routing, best
+from workbench.blocks.router import Router, Routing
 from workbench.model.initial import initialize
+from workbench_kernels.moe_route import best
 
 
 def make(**changes: object) -> Router:

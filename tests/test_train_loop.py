@@ -81,6 +81,17 @@ def test_the_same_recipe_gives_the_same_bits(dtype: str) -> None:
     np.testing.assert_array_equal(steps_of(first)[-1].bias_LE, steps_of(second)[-1].bias_LE)
 
 
+def test_the_form_of_the_ops_is_the_recipes_choice() -> None:
+    """The definition gives the losses of the fast form; twins are not to be had on a CPU, and nothing replaces them."""
+    recipe = replace(tiny_recipe(), steps=3)
+    fast, defined = ([e for e in train(r) if isinstance(e, Step)] for r in (recipe, replace(recipe, impl="reference")))
+    assert [step.grad_norm for step in fast] != [step.grad_norm for step in defined]
+    for ours, theirs in zip(fast, defined, strict=True):
+        assert ours.total_loss_nats == pytest.approx(theirs.total_loss_nats, rel=1e-5)
+    with pytest.raises(ValueError, match="runs on a CPU only with TRITON_INTERPRET=1"):
+        list(train(replace(recipe, impl="fused")))
+
+
 def test_it_learns() -> None:
     evaluations = [e for e in train(tiny_recipe(steps=120, evaluate_every=60)) if isinstance(e, Evaluation)]
     assert evaluations[0].nats_per_token == pytest.approx(np.log(256), abs=0.2)

@@ -1,5 +1,8 @@
 """Which form of an op runs. Every op asks here and nowhere else."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Literal
 
@@ -13,19 +16,39 @@ FUSED_OPS = frozenset({"grouped_mm", "moe_mlp", "moe_route", "rms_norm", "rope"}
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+IMPLS = ("auto", "reference", "fused")
+_in_place_of_auto: ContextVar[str] = ContextVar("_in_place_of_auto", default="auto")
+
+
+@contextmanager
+def using(impl: str) -> Iterator[None]:
+    """Within it, in this thread, every op that is left to "auto" runs as `impl` says: a run chooses for all its ops.
+
+    Raises:
+        ValueError: `impl` is unknown.
+    """
+    _require_impl(impl)
+    token = _in_place_of_auto.set(impl)
+    try:
+        yield
+    finally:
+        _in_place_of_auto.reset(token)
+
+
 def resolve(op: str, impl: str, device: torch.device, dtype: torch.dtype, *, fits: bool = True) -> Tier:
     """Turn the caller's `impl` into the form of `op` that runs on `device`.
 
-    `auto` is the fast torch form on a CPU; elsewhere the Triton twin, and the definition where there can be none: of an
-    op that has no twin yet, in a dtype that twins do not take, of sizes that this twin does not take (`fits=False`), or
-    on a system without Triton.
+    `auto` is what `using` says, or else the fast torch form on a CPU; elsewhere the Triton twin, and the definition
+    where there can be none: of an op that has no twin yet, in a dtype that twins do not take, of sizes that this twin
+    does not take (`fits=False`), or on a system without Triton.
     `reference` is the definition anywhere; `fused` is the Triton twin, on a CPU only inside Triton's interpreter.
 
     Raises:
         ValueError: `impl` is unknown, or the form it names cannot run here. Another form is never taken instead.
     """
-    if impl not in ("auto", "reference", "fused"):
-        raise ValueError(f"impl={impl!r} must be 'auto', 'reference' or 'fused'")
+    _require_impl(impl)
+    if impl == "auto":
+        impl = _told()
     if impl == "reference":
         return "reference"
     if impl == "auto" and device.type == "cpu":
@@ -54,6 +77,16 @@ def unwatched(*tensors: Tensor | None) -> bool:
 
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def _require_impl(impl: str) -> None:
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} must be 'auto', 'reference' or 'fused'")
+
+
+@torch.compiler.assume_constant_result
+def _told() -> str:
+    return _in_place_of_auto.get()
 
 
 @torch.compiler.assume_constant_result

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from workbench.blocks.compressed_cache import PoolCache
 from workbench.blocks.compressor import Entries, Pool, closed
 from workbench.blocks.rope import Rotation
-from workbench.blocks.router import best
 from workbench.blocks.trailing_rope import rotate_trailing
+from workbench_kernels.moe_route import best
 
 
 class IndexScorer(nn.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.blocks.mixture_of_experts import Experts
-from workbench.blocks.router import best
+from workbench_kernels.moe_route import best
 
 
 class ExpertChoice(NamedTuple):

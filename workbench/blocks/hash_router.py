@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.blocks.router import Routing
-from workbench.blocks.scoring import ScoringFunction, expert_scores
+from workbench_kernels.moe_route import ScoringFunction, expert_scores
 
 
 class HashRouter(nn.Module):

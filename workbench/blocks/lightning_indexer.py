@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.blocks.rope import Rotation, rotate_halves
-from workbench.blocks.router import best
+from workbench_kernels.moe_route import best
 
 
 class LightningIndexer(nn.Module):

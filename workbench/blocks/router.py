@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from workbench.blocks.keep_wide import KeepWide
-from workbench.blocks.scoring import ScoringFunction, expert_scores
+from workbench_kernels.moe_route import GroupScore, ScoringFunction, moe_route
 
 
 class Routing(NamedTuple):
@@ -46,7 +46,7 @@ class Router(KeepWide):
         scoring_func: ScoringFunction,
         n_group: int,
         topk_group: int,
-        group_score: Literal["max", "top2"],
+        group_score: GroupScore,
         norm_topk_prob: bool,
         routed_scaling_factor: float,
         bias: bool = False,
@@ -56,7 +56,7 @@ class Router(KeepWide):
         self.scoring_func: ScoringFunction = scoring_func
         self.n_group = n_group
         self.topk_group = topk_group
-        self.experts_per_group_score = 2 if group_score == "top2" else 1
+        self.group_score: GroupScore = group_score
         self.norm_topk_prob = norm_topk_prob
         self.routed_scaling_factor = routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
@@ -66,29 +66,15 @@ class Router(KeepWide):
     def forward(self, x: Float[Tensor, "N D"]) -> Routing:
         wide = torch.promote_types(x.dtype, torch.float32)
         bias_E = None if self.bias is None else self.bias.to(wide)
-        scores_NE = expert_scores(F.linear(x.to(wide), self.weight.to(wide), bias_E), self.scoring_func)
-        indices_NA = self.choose(scores_NE.detach() + self.e_score_correction_bias)
-        weights_NA = scores_NE.gather(1, indices_NA)
-        if self.norm_topk_prob:
-            weights_NA = weights_NA / (weights_NA.sum(-1, keepdim=True) + 1e-20)
-        load_E = torch.bincount(indices_NA.flatten(), minlength=scores_NE.shape[1])
-        return Routing(indices_NA, weights_NA * self.routed_scaling_factor, scores_NE, load_E)
-
-    def choose(self, biased_scores: Float[Tensor, "N E"]) -> Int[Tensor, "N A"]:
-        """The best experts by biased score within the best groups; of equals, the lowest index."""
-        if self.topk_group < self.n_group:
-            biased_scores = self.mask_groups(biased_scores)
-        return best(biased_scores, self.num_experts_per_tok)
-
-    def mask_groups(self, biased_scores: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
-        """Set the scores outside each token's best groups to minus infinity: a biased score may be below 0."""
-        scores_NJI = biased_scores.unflatten(-1, (self.n_group, -1))
-        group_scores_NJ = scores_NJI.topk(self.experts_per_group_score, dim=-1).values.sum(-1)
-        kept_NA = best(group_scores_NJ, self.topk_group)
-        dropped_NJ = torch.ones_like(group_scores_NJ, dtype=torch.bool).scatter(1, kept_NA, False)
-        return scores_NJI.masked_fill(dropped_NJ.unsqueeze(-1), -torch.inf).flatten(-2)
-
-
-def best(scores: Float[Tensor, "N E"], count: int) -> Int[Tensor, "N A"]:
-    """Indices of the `count` largest scores, largest first; of equals the lowest index, on every device."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+        routing = moe_route(
+            F.linear(x.to(wide), self.weight.to(wide), bias_E),
+            self.num_experts_per_tok,
+            scoring_func=self.scoring_func,
+            bias=self.e_score_correction_bias,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            group_score=self.group_score,
+            norm_topk_prob=self.norm_topk_prob,
+            routed_scaling_factor=self.routed_scaling_factor,
+        )
+        return Routing(routing.indices, routing.weights, routing.scores, routing.counts)

@@ -18,6 +18,7 @@ from workbench.text import Batch, Floors, Text, Tokenizer
 from workbench.train.events import Evaluation
 from workbench.train.losses import mtp_inside, mtp_targets
 from workbench.train.recipes import Recipe
+from workbench_kernels.tier import using
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ def examine(decoder: Decoder, exam: Examination, recipe: Recipe, step: int) -> E
     Raises:
         FloatingPointError: the loss is not finite.
     """
+    with using(recipe.impl):
+        return _examine(decoder, exam, recipe, step)
+
+
+def _examine(decoder: Decoder, exam: Examination, recipe: Recipe, step: int) -> Evaluation:
     length = recipe.sequence_length
     byte_lengths_V = torch.from_numpy(exam.tokenizer.byte_lengths)
     num_corpora = len(exam.names)

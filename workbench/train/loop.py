@@ -22,6 +22,7 @@ from workbench.train.memory import refuse_what_cannot_fit
 from workbench.train.recipes import AuxiliaryLoss, LossFreeBias, Recipe
 from workbench.train.spikes import SpikeDetector
 from workbench.train.state import TrainState
+from workbench_kernels.tier import using
 
 
 def train(
@@ -117,6 +118,12 @@ def learning_rate(recipe: Recipe, state: TrainState, step: int) -> float:
 
 def update(recipe: Recipe, state: TrainState, batches: Batches, byte_lengths: np.ndarray) -> Step:
     """One optimizer update over `accumulation_steps` batches; advances `state` and reports it."""
+    # Not around the whole loop: between events, a generator's caller runs in the same context.
+    with using(recipe.impl):
+        return _update(recipe, state, batches, byte_lengths)
+
+
+def _update(recipe: Recipe, state: TrainState, batches: Batches, byte_lengths: np.ndarray) -> Step:
     began = time.perf_counter()
     step = state.step + 1
     for parameter in state.master.values():

@@ -66,8 +66,10 @@ class Recipe:
     An update takes `batch_size` x `accumulation_steps` sequences of `sequence_length` positions. With
     `dtype="bfloat16"` the passes compute in bfloat16 while weights and optimizer stay float32. `num_threads=None`
     leaves torch's thread count as it is; results are bitwise repeatable at an equal count only, so a live run replaces
-    it by that number, records it, and resumes with it. `indexer_weight` weighs what V3.2's lightning indexers learn
-    from, next to the attention that they serve; without such a model, and at 0, nothing is added.
+    it by that number, records it, and resumes with it. `impl` chooses the form of every op of `workbench_kernels`: the
+    fastest one that fits the device, the definition, or the Triton twin and nothing else. `indexer_weight` weighs what
+    V3.2's lightning indexers learn from, next to the attention that they serve; without such a model, and at 0,
+    nothing is added.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Recipe:
     sample_top_p: float = 0.95
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
+    impl: Literal["auto", "reference", "fused"] = "auto"
     num_threads: int | None = None
     seed: int = 0
 
