@@ -6,11 +6,13 @@ same process.
 
     python kernels/bench/run.py                          # this machine, all ops
     python kernels/bench/run.py --op moe_mlp --rounds 51
+    python kernels/bench/run.py --plot roofline          # roofline.html and roofline.png as well
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
 import statistics
@@ -18,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +80,9 @@ EPS = 1e-6
 
 
 def grouped_mm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    for m, k, n, experts in ((4096, 256, 128, 16), (4096, 256, 256, 16), (2048, 256, 192, 32)):
+    small = ((4096, 256, 128, 16), (4096, 256, 256, 16), (2048, 256, 192, 32))
+    large = ((65_536, 2048, 1536, 128), (65_536, 768, 2048, 128), (32_768, 7168, 2048, 16))
+    for m, k, n, experts in small if device == "cpu" else large:
         counts = torch.randint(experts, (m,)).bincount(minlength=experts)
         inputs = (
             torch.randn(m, k).to(device, dtype),
@@ -91,11 +97,9 @@ def grouped_mm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
 
 
 def moe_mlp_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    for tokens, active, width, hidden, experts in (
-        (1024, 4, 256, 192, 16),
-        (2048, 2, 256, 128, 16),
-        (2048, 2, 256, 192, 32),
-    ):
+    small = ((1024, 4, 256, 192, 16), (2048, 2, 256, 128, 16), (2048, 2, 256, 192, 32))
+    large = ((8192, 8, 2048, 768, 128), (4096, 8, 2048, 1408, 64), (64, 8, 2048, 768, 128))
+    for tokens, active, width, hidden, experts in small if device == "cpu" else large:
         inputs = (
             torch.randn(tokens, width).to(device, dtype),
             torch.randn(experts, 2 * hidden, width).div(width**0.5).to(device, dtype),
@@ -176,6 +180,9 @@ CASES = {
     "rms_norm": rms_norm_cases,
     "rope": rope_cases,
 }
+
+
+PRODUCTS = ("grouped_mm", "moe_mlp")
 
 
 def results(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
@@ -259,8 +266,12 @@ def calls(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Callable[
 
 
 def measure(case: Case, clock: Clock, rates: dict[str, float], rounds: int) -> Iterator[dict]:
-    grad = torch.randn_like(case.ours(*case.inputs))
+    output = case.ours(*case.inputs)
+    grad = torch.randn_like(output)
+    moved = sum(tensor.nbytes for tensor in (*case.inputs, output))  # each tensor once: what a forward must move
     candidates = {"workbench_kernels": case.ours, **case.peers}
+    if clock.gpu:
+        candidates["torch.compile of the definition"] = torch.compile(case.reference)
     for direction, work in (
         ("forward", case.forward_work),
         ("forward+backward", case.forward_work + case.backward_work),
@@ -281,6 +292,9 @@ def measure(case: Case, clock: Clock, rates: dict[str, float], rounds: int) -> I
                 "p80_ms": round(p80, 4),
                 "of_ceiling": round(work / median / rates[case.ceiling], 3),
                 "slower_than_ours": round(median / ours, 2),
+                "bound_by": case.ceiling,
+                "tflops": round(work / median / 1e9, 4) if case.ceiling == "matmul" else None,
+                "flops_per_byte": round(case.forward_work / moved, 3) if case.ceiling == "matmul" else None,
             }
 
 
@@ -289,33 +303,63 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--op", choices=sorted(CASES), action="append", help="this op only; may be repeated")
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw a roofline to PATH.html and PATH.png")
     arguments = parser.parse_args()
 
-    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-    report = {"device": arguments.device, "machine": machine, "torch": torch.__version__}
-    print(json.dumps({**report, "threads": torch.get_num_threads(), "rounds": arguments.rounds}))
-    clock = Clock(arguments.device)
+    lines = []
+    for line in measurements(arguments.device, arguments.op or list(CASES), arguments.rounds):
+        print(json.dumps(line), flush=True)
+        lines.append(line)
+    if arguments.plot is not None:
+        from plot import draw
+
+        print(*draw(lines, arguments.plot), sep="\n")
+
+
+def measurements(device: str, ops: Sequence[str], rounds: int) -> Iterator[dict]:
+    """What ran, then for each dtype the ceilings and every measurement."""
+    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    yield {
+        "device": device,
+        "machine": machine,
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "date": str(datetime.datetime.now(tz=datetime.UTC).date()),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+    }
+    clock = Clock(device)
     for dtype in (torch.float32, torch.bfloat16):
-        rates = ceilings(clock, dtype, arguments.device, arguments.rounds)
+        rates = ceilings(clock, dtype, device, rounds)
         name = str(dtype).removeprefix("torch.")
-        print(
-            json.dumps(
-                {
-                    "ceiling": name,
-                    "matmul_tflops": round(rates["matmul"] / 1e9, 3),
-                    "copy_gb_per_s": round(rates["copy"] / 1e6, 1),
-                }
-            )
-        )
-        for op in arguments.op or CASES:
-            if arguments.device == "cuda" and op not in FUSED_OPS:
-                print(json.dumps({"op": op, "dtype": name, "left_out": "no fused tier yet"}))
+        yield {
+            "ceiling": name,
+            "matmul_tflops": round(rates["matmul"] / 1e9, 3),
+            "copy_gb_per_s": round(rates["copy"] / 1e6, 1),
+        }
+        for op in ops:
+            left_out = left_out_on_a_gpu(op, dtype) if device == "cuda" else None
+            if left_out is not None:
+                yield {"op": op, "dtype": name, "left_out": left_out}
                 continue
             torch.manual_seed(0)
-            for case in CASES[op](dtype, arguments.device):
+            for case in CASES[op](dtype, device):
                 check(case)
-                for line in measure(case, clock, rates, arguments.rounds):
-                    print(json.dumps(line), flush=True)
+                yield from measure(case, clock, rates, rounds)
+
+
+def left_out_on_a_gpu(op: str, dtype: torch.dtype) -> str | None:
+    """Why an op is not measured there; float32 products are for toys, and their large cases take too long."""
+    if op not in FUSED_OPS:
+        return "no fused tier yet"
+    return "products are measured in bfloat16" if dtype == torch.float32 and op in PRODUCTS else None
+
+
+def triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":
