@@ -13,35 +13,38 @@ from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, compile_ca
 from workbench_kernels.fused.cases import all_cases
 from workbench_kernels.tier import FUSED_OPS
 
-CASES = all_cases()
+CASES = {kind: all_cases(kind) for kind in ("bf16", "fp32")}
 # Of these ops, the constant by which the many tiles are ordered.
-SIZES = {"rms_norm": "BLOCK_D", "rope": "BLOCK_P"}
+SIZES = {"moe_mlp": "BLOCK_X", "moe_route": "BLOCK_E", "rms_norm": "BLOCK_D", "rope": "BLOCK_P"}
 # One architecture of each vendor: with all four, the tests would take twice as long.
 EVERY_TILE = ("sm_90", "gfx942")
 
 
-def compiled_for(op: str, architecture: str) -> list[Case]:
-    """What the op chooses there, in bfloat16 and float32: of many tiles by width all, or the narrowest and widest."""
+def compilations(op: str, architecture: str) -> list[tuple[str, Case]]:
+    """What the op chooses there, in bfloat16 and on some in float32: of many tiles all, or the narrowest and widest."""
     found = []
-    for kind in ("bf16", "fp32"):
-        cases = [replace(case, name=f"{case.name} {kind}") for case in all_cases(kind)[op]]
-        if op in SIZES and architecture not in EVERY_TILE:
-            widths = [case.constants[SIZES[op]] for case in cases]
-            cases = [case for case, x in zip(cases, widths, strict=True) if x in (min(widths), max(widths))]
-        found += [case for case in cases if architecture in case.architectures]
+    for kind in ("bf16", "fp32") if architecture in EVERY_TILE else ("bf16",):
+        sizes = [case.constants.get(SIZES.get(op, "")) for case in CASES[kind][op]]
+        known = {size for size in sizes if size is not None}
+        kept = {None, *known} if architecture in EVERY_TILE or not known else {None, min(known), max(known)}
+        found += [
+            (kind, case)
+            for case, size in zip(CASES[kind][op], sizes, strict=True)
+            if architecture in case.architectures and size in kept
+        ]
     return found
 
 
 PAIRS = [
-    pytest.param(case, architecture, id=f"{case.name} {architecture}")
-    for op in CASES
+    pytest.param(case, architecture, id=f"{case.name} {kind} {architecture}")
+    for op in CASES["bf16"]
     for architecture in SHARED_LIMIT
-    for case in compiled_for(op, architecture)
+    for kind, case in compilations(op, architecture)
 ]
 
 
 def test_every_twin_is_listed() -> None:
-    assert set(CASES) == FUSED_OPS
+    assert set(CASES["bf16"]) == FUSED_OPS
 
 
 @pytest.mark.parametrize(("case", "architecture"), PAIRS)
@@ -53,17 +56,17 @@ def test_the_table_is_that_of_the_kernels() -> None:
     """`python kernels/bench/compile.py` writes it; the numbers are those of the Triton that it names."""
     table = (Path(__file__).parents[1] / "kernels" / "bench" / "compiled.md").read_text(encoding="utf-8")
     rows = [tuple(x.strip() for x in line.split("|")[1:4]) for line in table.splitlines() if line.startswith("| ")][1:]
-    assert rows == [(case.name, case.tile, str(case.num_warps)) for cases in CASES.values() for case in cases]
+    assert rows == [(case.name, case.tile, str(case.num_warps)) for cases in CASES["bf16"].values() for case in cases]
     assert "**" not in table
 
 
 def test_the_gate_sees_a_spill() -> None:
     """The widest forward tile in one warp cannot fit the registers."""
-    widest = next(x for x in reversed(CASES["rms_norm"]) if x.kernel.__name__ == "rms_norm_fwd_kernel")
+    widest = next(x for x in reversed(CASES["bf16"]["rms_norm"]) if x.kernel.__name__ == "rms_norm_fwd_kernel")
     narrow = replace(widest, num_warps=1)
     assert "spills" in str(compile_case(narrow, "sm_90").faults(narrow, "sm_90"))
 
 
 def test_the_gate_sees_products_made_by_hand() -> None:
-    case = replace(CASES["rope"][0], matrix="wide")
+    case = replace(CASES["bf16"]["rope"][0], matrix="wide")
     assert compile_case(case, "sm_90").faults(case, "sm_90") == ["no wgmma.mma_async"]
