@@ -140,15 +140,16 @@ def linear_cross_entropy_fwd_kernel(
         maximum = higher
 
     target = tl.load(target_ptr + row)
+    ignored = target == ignore_index
     named = (target >= 0) & (target < V)
     chosen = tl.load(row_ptr + target, mask=named, other=0.0).to(tl.float32)
-    log_total = tl.where(named, tl.log(total), float("nan"))
+    log_total = tl.where(named | ignored, tl.log(total), float("nan"))
     lse = maximum + log_total
     loss = log_total + (maximum - chosen) + z_loss * lse * lse
     if SMOOTHED:
         loss += label_smoothing * (chosen - summed / V)
-    tl.store(loss_ptr + row, tl.where(target == ignore_index, 0.0, loss))
-    tl.store(lse_ptr + row, maximum.to(tl.float64) + log_total)
+    tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss))
+    tl.store(lse_ptr + row, tl.cast(maximum, tl.float64) + log_total)
 
 
 @triton.jit
@@ -170,6 +171,6 @@ def linear_cross_entropy_bwd_kernel(
     softmax = tl.exp(logits - lse - rest)
     wanted = tl.where(column == target, 1.0 - label_smoothing, 0.0) + label_smoothing / V
     grad_logits = grad * (softmax - wanted + 2.0 * z_loss * lse * softmax)
-    # Chosen and not multiplied: an ignored token gives zero though its lse is NaN.
+    # Chosen and not multiplied: an ignored token gives zero though its grad is infinite, as that of an empty mean is.
     grad_logits = tl.where(target == ignore_index, 0.0, grad_logits)
     tl.store(logits_ptr + offset, grad_logits.to(logits_ptr.dtype.element_ty), mask=inside)
