@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Op = Callable[..., Tensor]
 Pair = Callable[..., tuple[Tensor, Tensor]]
@@ -104,3 +107,30 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def most_bytes(function: Callable[[], object]) -> int:
+    """The most bytes that the tensors which `function` makes hold at one time."""
+    with _Memory() as memory:
+        function()
+    return memory.most
+
+
+class _Memory(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in known:
+                size = made.untyped_storage().nbytes()
+                self.held += size
+                self.most = max(self.most, self.held)
+                weakref.finalize(made, self.free, size)
+        return result
+
+    def free(self, size: int) -> None:
+        self.held -= size

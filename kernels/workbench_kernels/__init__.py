@@ -5,6 +5,7 @@ from workbench_kernels.describe import describe as describe
 from workbench_kernels.gated import SWIGLU as SWIGLU
 from workbench_kernels.gated import GatedActivation as GatedActivation
 from workbench_kernels.grouped_mm import grouped_mm as grouped_mm
+from workbench_kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from workbench_kernels.moe_mlp import moe_mlp as moe_mlp
 from workbench_kernels.moe_route import moe_route as moe_route
 from workbench_kernels.rms_norm import rms_norm as rms_norm

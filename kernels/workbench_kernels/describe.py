@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 from workbench_kernels.causal_attention import causal_attention
 from workbench_kernels.grouped_mm import grouped_mm
+from workbench_kernels.linear_cross_entropy import linear_cross_entropy
 from workbench_kernels.moe_mlp import moe_mlp
 from workbench_kernels.moe_route import moe_route
 from workbench_kernels.rms_norm import rms_norm
 from workbench_kernels.rope import rope
 from workbench_kernels.tier import FUSED_OPS
 
-OPS = (rms_norm, rope, moe_route, grouped_mm, moe_mlp, causal_attention)
+OPS = (rms_norm, rope, moe_route, grouped_mm, moe_mlp, causal_attention, linear_cross_entropy)
 
 
 class OpDescription(NamedTuple):

@@ -1,10 +1,11 @@
 """Every kernel in every configuration that a launcher can choose."""
 
-from workbench_kernels.fused import grouped_mm, moe_mlp, moe_route, rms_norm, rope
+from workbench_kernels.fused import grouped_mm, linear_cross_entropy, moe_mlp, moe_route, rms_norm, rope
 from workbench_kernels.fused.ahead_of_time import Case
 
 CASES_OF = {
     "grouped_mm": grouped_mm.cases,
+    "linear_cross_entropy": linear_cross_entropy.cases,
     "moe_mlp": moe_mlp.cases,
     "moe_route": moe_route.cases,
     "rms_norm": rms_norm.cases,
