@@ -8,3 +8,4 @@ from workbench_kernels.grouped_mm import grouped_mm as grouped_mm
 from workbench_kernels.moe_mlp import moe_mlp as moe_mlp
 from workbench_kernels.rms_norm import rms_norm as rms_norm
 from workbench_kernels.rope import rope as rope
+from workbench_kernels.sparse_select import sparse_select as sparse_select

@@ -9,9 +9,10 @@ from workbench_kernels.grouped_mm import grouped_mm
 from workbench_kernels.moe_mlp import moe_mlp
 from workbench_kernels.rms_norm import rms_norm
 from workbench_kernels.rope import rope
+from workbench_kernels.sparse_select import sparse_select
 from workbench_kernels.tier import FUSED_OPS
 
-OPS = (rms_norm, rope, grouped_mm, moe_mlp, causal_attention)
+OPS = (rms_norm, rope, grouped_mm, moe_mlp, causal_attention, sparse_select)
 
 
 class OpDescription(NamedTuple):
