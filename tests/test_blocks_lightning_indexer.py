@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from workbench.blocks.indexer_loss import indexer_loss
-from workbench.blocks.lightning_indexer import LightningIndexer, as_mask, index_scores, select
+from workbench.blocks.lightning_indexer import LightningIndexer, as_mask
 from workbench.blocks.rope import Rotation
 from workbench_kernels.causal_attention import visible
+from workbench_kernels.sparse_select import index_scores, select
 
 
 def chosen(scores: torch.Tensor, index_topk: int) -> torch.Tensor:
@@ -37,7 +38,9 @@ def test_an_indexers_scores_by_hand() -> None:
     # divided by sqrt(2 heads * 3 numbers).
     keys = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, -1.0]]])
     expected = torch.tensor([[[7.0, 6.0, 7.0 + 30.0, 0.0]]]) / math.sqrt(6)
-    torch.testing.assert_close(indexer(x, compressed, keys, quarter), expected)
+    found = indexer(x, compressed, keys, quarter, index_topk=3)
+    torch.testing.assert_close(found.scores, expected)
+    assert found.keys.tolist() == [[[2, 0, 1]]]
 
 
 def test_a_key_by_hand() -> None:
@@ -62,7 +65,7 @@ def test_a_16_bit_model_scores_in_float32() -> None:
         torch.randn(1, 7, width, generator=torch.Generator().manual_seed(1)).bfloat16() for width in (8, 5)
     )
     still = Rotation(torch.ones(7, 2), torch.zeros(7, 2))
-    scores = indexer(x, compressed, indexer.key(x, still), still)
+    scores = indexer(x, compressed, indexer.key(x, still), still, index_topk=1).scores
     assert scores.dtype == torch.float32
     assert not torch.equal(scores, scores.bfloat16().float()), "rounded to 16 bits on the way"
 

@@ -11,7 +11,7 @@ from deepseek_v32_reference import reference_output, reference_with_weights_of
 
 from workbench.blocks.indexer_loss import indexer_loss
 from workbench.blocks.latent_attention import LatentAttention, LatentQuery
-from workbench.blocks.lightning_indexer import as_mask, select
+from workbench.blocks.lightning_indexer import as_mask
 from workbench.blocks.rope import Rotation, rotate_interleaved, rotation
 from workbench.blocks.sparse_latent_attention import (
     SparseAttention,
@@ -23,6 +23,7 @@ from workbench.blocks.sparse_latent_attention import (
 from workbench.model import attention_config as spec
 from workbench.model.rotary import rotary_frequencies, rotation_scale, softmax_sharpening
 from workbench_kernels.causal_attention import visible
+from workbench_kernels.sparse_select import select
 
 CPU = torch.device("cpu")
 WIDTH = 45

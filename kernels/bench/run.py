@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench_kernels import causal_attention, grouped_mm, moe_mlp, rms_norm, rope
+from workbench_kernels import causal_attention, grouped_mm, moe_mlp, rms_norm, rope, sparse_select
 from workbench_kernels.causal_attention import flash
 from workbench_kernels.causal_attention import reference as causal_attention_reference
 from workbench_kernels.expert_order import sort_by_expert
@@ -35,6 +35,8 @@ from workbench_kernels.grouped_mm import reference as grouped_mm_reference
 from workbench_kernels.moe_mlp import reference as moe_mlp_reference
 from workbench_kernels.rms_norm import reference as rms_norm_reference
 from workbench_kernels.rope import reference as rope_reference
+from workbench_kernels.sparse_select import SparseSelection
+from workbench_kernels.sparse_select import reference as sparse_select_reference
 from workbench_kernels.tier import FUSED_OPS
 
 Op = Callable[..., Tensor]
@@ -173,12 +175,46 @@ def causal_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         )
 
 
+def composed_sparse_select(query: Tensor, key: Tensor, weight: Tensor, index_topk: int) -> Tensor:
+    """As a model would write it: torch's `topk`, which leaves open which of equals it takes."""
+    scores = torch.einsum("bthk,bsk->bths", query.to(weight.dtype), key.to(weight.dtype)).relu_()
+    scores = torch.einsum("bths,bth->bts", scores, weight)
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=key.device).triu(1 + key.shape[1] - query.shape[1])
+    scores.detach().masked_fill(hidden, -torch.inf).topk(index_topk, dim=-1)
+    return scores
+
+
+def sparse_select_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small = ((8, 256, 4, 32, 64), (2, 1024, 8, 64, 256))
+    large = ((1, 4096, 64, 128, 2048), (4, 2048, 64, 128, 2048))
+    for sequences, length, heads, width, count in small if device == "cpu" else large:
+        inputs = (
+            torch.randn(sequences, length, heads, width).to(device, dtype),
+            torch.randn(sequences, length, width).to(device, dtype),
+            torch.randn(sequences, length, heads, device=device) * (heads * width) ** -0.5,
+        )
+        work = 2.0 * sequences * heads * length**2 * width
+        definition = partial(scores_of, sparse_select_reference, index_topk=count)
+        yield Case(
+            *("sparse_select", f"B={sequences} T={length} H={heads} K={width} Y={count}", inputs),
+            *(partial(scores_of, sparse_select, index_topk=count), definition),
+            {"definition": definition, "torch.topk": partial(composed_sparse_select, index_topk=count)},
+            *("matmul", work, 2 * work),
+        )
+
+
+def scores_of(op: Callable[..., SparseSelection], *inputs: Tensor, index_topk: int) -> Tensor:
+    """What can be compared and has gradients; the choice is made, too."""
+    return op(*inputs, index_topk=index_topk).scores
+
+
 CASES = {
     "causal_attention": causal_attention_cases,
     "grouped_mm": grouped_mm_cases,
     "moe_mlp": moe_mlp_cases,
     "rms_norm": rms_norm_cases,
     "rope": rope_cases,
+    "sparse_select": sparse_select_cases,
 }
 
 

@@ -10,3 +10,4 @@ from workbench_kernels.moe_mlp import moe_mlp as moe_mlp
 from workbench_kernels.moe_route import moe_route as moe_route
 from workbench_kernels.rms_norm import rms_norm as rms_norm
 from workbench_kernels.rope import rope as rope
+from workbench_kernels.sparse_select import sparse_select as sparse_select

@@ -11,9 +11,10 @@ from workbench_kernels.moe_mlp import moe_mlp
 from workbench_kernels.moe_route import moe_route
 from workbench_kernels.rms_norm import rms_norm
 from workbench_kernels.rope import rope
+from workbench_kernels.sparse_select import sparse_select
 from workbench_kernels.tier import FUSED_OPS
 
-OPS = (rms_norm, rope, moe_route, grouped_mm, moe_mlp, causal_attention, linear_cross_entropy)
+OPS = (rms_norm, rope, moe_route, grouped_mm, moe_mlp, causal_attention, linear_cross_entropy, sparse_select)
 
 
 class OpDescription(NamedTuple):

@@ -13,7 +13,7 @@ from torch._C import _is_tracing, _len_torch_dispatch_stack
 Tier = Literal["reference", "torch", "fused"]
 
 FUSED_OPS = frozenset(
-    {"grouped_mm", "linear_cross_entropy", "moe_mlp", "moe_route", "rms_norm", "rope"}
+    {"grouped_mm", "linear_cross_entropy", "moe_mlp", "moe_route", "rms_norm", "rope", "sparse_select"}
 )  # ops with a Triton twin in fused/
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,11 +8,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from workbench.blocks.rope import Rotation, rotate_halves
-from workbench_kernels.moe_route import best
+from workbench_kernels.sparse_select import SparseSelection, sparse_select
 
 
 class LightningIndexer(nn.Module):
-    """Score every key for every query: H heads of width K of its own, all of them reading one shared key.
+    """Score every key for every query, and choose keys: H heads of width K of its own, all reading one shared key.
 
     Of each head the first `qk_rope_head_dim` numbers turn, in the half layout, and the others do not; in the attention
     that it serves the turning part comes last, and its pairs are neighbours. DeepSeek's code also multiplies queries
@@ -38,14 +38,22 @@ class LightningIndexer(nn.Module):
         compressed_query: Float[Tensor, "B T rank"],
         index_key: Float[Tensor, "B S K"],
         turn: Rotation,
-    ) -> Float[Tensor, "B T S"]:
-        """Scores of S keys for the T tokens of `x`, whose queries are made of `compressed_query`; future keys too."""
+        *,
+        index_topk: int,
+    ) -> SparseSelection:
+        """Scores of S keys for the T tokens of `x`, whose queries are made of `compressed_query`; future keys too.
+
+        The `index_topk` visible keys that score highest are chosen.
+
+        Raises:
+            ValueError: `index_topk` is below 1.
+        """
         head_width = index_key.shape[-1]
         query_BTHK = self.turned(self.wq_b(compressed_query).unflatten(-1, (-1, head_width)), turn)
         wide = torch.promote_types(x.dtype, torch.float32)
         weight_BTH = F.linear(x.to(wide), self.weights_proj.weight.to(wide))
         scale = (head_width * weight_BTH.shape[-1]) ** -0.5
-        return index_scores(query_BTHK.to(wide), index_key.to(wide), weight_BTH * scale)
+        return sparse_select(query_BTHK, index_key, weight_BTH * scale, index_topk=index_topk)
 
     def key(self, x: Float[Tensor, "B T D"], turn: Rotation) -> Float[Tensor, "B T K"]:
         """What the cache keeps of the T tokens: one key each, shared by all index heads."""
@@ -57,34 +65,8 @@ class LightningIndexer(nn.Module):
         return torch.cat((rotate_halves(rope_BTHR, turn), nope_BTHK), dim=-1)
 
 
-def index_scores(
-    query: Float[Tensor, "B T H K"], key: Float[Tensor, "B S K"], weight: Float[Tensor, "B T H"]
-) -> Float[Tensor, "B T S"]:
-    """Sum over heads of weight * relu(query . key); weights may be negative."""
-    matches_BHTS = torch.einsum("bthk,bsk->bhts", query, key).relu()
-    return torch.einsum("bhts,bth->bts", matches_BHTS, weight)
-
-
-def select(scores: Float[Tensor, "B T S"], visible: Bool[Tensor, "T S"], *, index_topk: int) -> Int[Tensor, "B T Y"]:
-    """The `index_topk` visible keys that score highest, best first; of equals the lowest index, on every device.
-
-    Ties are no rarity: where every head's product is negative, a score is exactly 0. A query that sees fewer keys gets
-    all of them, and -1 in the places left. With fewer keys than `index_topk` there are as many places as keys.
-
-    Raises:
-        ValueError: `index_topk` is below 1.
-    """
-    if index_topk < 1:
-        raise ValueError(f"index_topk={index_topk} must be at least 1")
-    hidden_as_last_BTS = scores.masked_fill(~visible, -torch.inf)
-    keys_BTY = best(hidden_as_last_BTS.flatten(0, 1), index_topk).unflatten(0, scores.shape[:2])
-    seen_T1 = visible.sum(-1, keepdim=True)
-    places_Y = torch.arange(keys_BTY.shape[-1], device=scores.device)
-    return keys_BTY.masked_fill(places_Y >= seen_T1, -1)
-
-
 def as_mask(keys: Int[Tensor, "B T Y"], num_keys: int) -> Bool[Tensor, "B T {num_keys}"]:
-    """True at the keys that `select` chose, False at all others; -1 stands for none."""
+    """True at the keys that were chosen, False at all others; -1 stands for none."""
     # The places that hold no key all point to one more column, which is cut off.
     columns_BTS = torch.zeros(*keys.shape[:2], num_keys + 1, dtype=torch.bool, device=keys.device)
     return columns_BTS.scatter(-1, keys % (num_keys + 1), True)[..., :num_keys]

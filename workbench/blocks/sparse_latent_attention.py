@@ -11,9 +11,8 @@ from torch import Tensor
 
 from workbench.blocks.cache import LatentCache
 from workbench.blocks.latent_attention import LatentProjections, LatentQuery, decompress, join_by_head
-from workbench.blocks.lightning_indexer import LightningIndexer, as_mask, select
+from workbench.blocks.lightning_indexer import LightningIndexer, as_mask
 from workbench.blocks.rope import Rotation
-from workbench_kernels.causal_attention import visible
 
 
 class SparseAttention(NamedTuple):
@@ -83,9 +82,9 @@ class SparseLatentAttention(LatentProjections):
         index_key_BSK = self.indexer.key(x.detach(), turn)
         if cache is not None:
             latent_BSC, key_rope_BSR, index_key_BSK = cache.append(latent_BSC, key_rope_BSR, index_key_BSK)
-        scores_BTS = self.indexer(x.detach(), compressed_BTC.detach(), index_key_BSK, turn)
-        seen_TS = visible(x.shape[1], scores_BTS.shape[-1], x.device)
-        keys_BTY = select(scores_BTS, seen_TS, index_topk=self.index_topk)
+        scores_BTS, keys_BTY = self.indexer(
+            x.detach(), compressed_BTC.detach(), index_key_BSK, turn, index_topk=self.index_topk
+        )
         # Gathering costs a copy of the latents per query: for one new token less than decompressing the whole past.
         attend = gathered_attention if x.shape[1] == 1 else masked_attention
         query = self.query(compressed_BTC, turn)

@@ -43,8 +43,8 @@ def kept_weights_per_query(layer: LayerConfig, sequence_length: int) -> int:
     """Attention weights that the backward of one layer needs per query: half a row, up to the length that is kept."""
     attention = layer.attention
     if isinstance(attention, SparseLatentAttention):
-        # Scores and weights of every head, whatever the length; and each index head's products, in float32.
-        return (2 * attention.num_attention_heads + 2 * 2 * attention.index_n_heads + 8) * sequence_length
+        # Scores and weights of every head, whatever the length; the products of index heads are made again.
+        return (2 * attention.num_attention_heads + 8) * sequence_length
     return attention.num_attention_heads * sequence_length // 2 if sequence_length <= LONGEST_KEPT else 0
 
 

@@ -1,6 +1,6 @@
 """Every kernel in every configuration that a launcher can choose."""
 
-from workbench_kernels.fused import grouped_mm, linear_cross_entropy, moe_mlp, moe_route, rms_norm, rope
+from workbench_kernels.fused import grouped_mm, linear_cross_entropy, moe_mlp, moe_route, rms_norm, rope, sparse_select
 from workbench_kernels.fused.ahead_of_time import Case
 
 CASES_OF = {
@@ -10,6 +10,7 @@ CASES_OF = {
     "moe_route": moe_route.cases,
     "rms_norm": rms_norm.cases,
     "rope": rope.cases,
+    "sparse_select": sparse_select.cases,
 }
 
 
