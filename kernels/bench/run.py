@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench_kernels import causal_attention, grouped_mm, moe_mlp, rms_norm, rope, sparse_select
+from workbench_kernels import causal_attention, grouped_mm, linear_cross_entropy, moe_mlp, rms_norm, rope, sparse_select
 from workbench_kernels.causal_attention import flash
 from workbench_kernels.causal_attention import reference as causal_attention_reference
 from workbench_kernels.expert_order import sort_by_expert
 from workbench_kernels.grouped_mm import reference as grouped_mm_reference
+from workbench_kernels.linear_cross_entropy import reference as linear_cross_entropy_reference
 from workbench_kernels.moe_mlp import reference as moe_mlp_reference
 from workbench_kernels.rms_norm import reference as rms_norm_reference
 from workbench_kernels.rope import reference as rope_reference
@@ -76,6 +77,10 @@ def torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def torch_linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(input, linear_weight).float(), target)
 
 
 EPS = 1e-6
@@ -208,9 +213,29 @@ def scores_of(op: Callable[..., SparseSelection], *inputs: Tensor, index_topk: i
     return op(*inputs, index_topk=index_topk).scores
 
 
+def linear_cross_entropy_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small, large = ((2048, 256, 8192), (1024, 512, 16_384)), ((8192, 2048, 32_768), (4096, 4096, 131_072))
+    peers: dict[str, Op] = {"F.cross_entropy": torch_linear_cross_entropy}
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        peers["F.linear_cross_entropy, in chunks"] = partial(F.linear_cross_entropy, options=options)
+    for tokens, width, vocabulary in small if device == "cpu" else large:
+        inputs = (
+            torch.randn(tokens, width).to(device, dtype),
+            torch.randn(vocabulary, width).div(width**0.5).to(device, dtype),
+            torch.randint(vocabulary, (tokens,)).to(device),
+        )
+        work = 2.0 * tokens * width * vocabulary  # making the logits again for backward is not counted
+        yield Case(
+            *("linear_cross_entropy", f"N={tokens} K={width} V={vocabulary}", inputs),
+            *(linear_cross_entropy, linear_cross_entropy_reference, peers, "matmul", work, 2 * work),
+        )
+
+
 CASES = {
     "causal_attention": causal_attention_cases,
     "grouped_mm": grouped_mm_cases,
+    "linear_cross_entropy": linear_cross_entropy_cases,
     "moe_mlp": moe_mlp_cases,
     "rms_norm": rms_norm_cases,
     "rope": rope_cases,
