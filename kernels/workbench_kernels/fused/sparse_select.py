@@ -19,7 +19,7 @@ from workbench_kernels.sparse_select import MAX_KEYS, MAX_WIDTH, fits_twin
 
 WIDTHS = (64, MAX_WIDTH)  # others are filled up with zeros, which change no product
 FEW_QUERIES = 16  # those of new tokens: rows of a wider tile would be empty
-ROW_BLOCK, ROW_WARPS = 2_048, 8  # how much of a row of scores is looked at together
+ROW_BLOCK, ROW_WARPS = 1_024, 4  # how much of a row of scores is looked at together; more spills on some targets
 PROGRAMS = 256  # the key's gradient is summed in parts until so many programs run; fixed, whatever the GPU
 
 Kernel = Literal["forward", "backward of queries", "backward of keys"]
@@ -77,8 +77,10 @@ def forward(query: Tensor, key: Tensor, weight: Tensor, index_topk: int) -> tupl
 
 
 def choose(scores: Tensor, index_topk: int) -> Tensor:
-    """Return keys [B, T, Y] of contiguous scores [B, T, S]: a kernel finds them in their order, a sort of those that it
-    found brings the best first, and leaves equals as they are."""
+    """Return keys [B, T, Y] of contiguous scores [B, T, S].
+
+    The kernel finds a row's keys from the first to the last; a stable sort of these few brings the best first.
+    """
     num_sequences, num_queries, num_keys = scores.shape
     places = (num_sequences, num_queries, min(index_topk, num_keys))
     keys = torch.full(places, -1, dtype=torch.int64, device=scores.device)
@@ -207,7 +209,8 @@ def sparse_select_fwd_kernel(
         # Not a maximum, which would make 0 of what is no number.
         scores += weight[:, None] * tl.where(product < 0, 0.0, product)
     scores_tile_ptr = scores_ptr + token * num_keys + first_key
-    tl.store(scores_tile_ptr + (row[:, None] * num_keys + place[None, :]), scores, mask=is_query[:, None] & is_key)
+    inside = is_query[:, None] & is_key[None, :]  # [BLOCK_T, BLOCK_S]
+    tl.store(scores_tile_ptr + (row[:, None] * num_keys + place[None, :]), scores, mask=inside)
 
 
 @triton.jit
