@@ -243,7 +243,7 @@ CASES = {
 }
 
 
-PRODUCTS = ("grouped_mm", "moe_mlp")
+PRODUCTS = ("grouped_mm", "linear_cross_entropy", "moe_mlp", "sparse_select")
 
 
 def results(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
