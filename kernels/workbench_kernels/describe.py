@@ -7,11 +7,13 @@ from typing import NamedTuple
 from workbench_kernels.causal_attention import causal_attention
 from workbench_kernels.grouped_mm import grouped_mm
 from workbench_kernels.moe_mlp import moe_mlp
+from workbench_kernels.quantize_blockwise import quantize_blockwise
 from workbench_kernels.rms_norm import rms_norm
 from workbench_kernels.rope import rope
+from workbench_kernels.scaled_mm_blockwise import scaled_mm_blockwise
 from workbench_kernels.tier import FUSED_OPS
 
-OPS = (rms_norm, rope, grouped_mm, moe_mlp, causal_attention)
+OPS = (rms_norm, rope, grouped_mm, moe_mlp, causal_attention, quantize_blockwise, scaled_mm_blockwise)
 
 
 class OpDescription(NamedTuple):
