@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from workbench.blocks.float8_latent_cache import BLOCK, Float8LatentCache, dequantize, quantize
+from workbench.blocks.float8_latent_cache import Float8LatentCache
 from workbench.model.config import GroupedQueryAttention, LayerConfig
 from workbench.model.count import cache_bytes
 from workbench.model.decoder import Decoder
 from workbench.model.generate import generate
 from workbench.train.recipes import toy_v3, v3_style
-
-FP8 = torch.float8_e4m3fn
+from workbench_kernels.quantize_blockwise import FP8, WIDTH, dequantize, quantize_blockwise
 
 
 @pytest.mark.parametrize("width", [1, 64, 127, 128, 129, 512])
@@ -22,9 +21,9 @@ FP8 = torch.float8_e4m3fn
 def test_no_number_is_further_off_than_fp8_allows(width: int, size: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 7, width) * size * torch.logspace(-4, 0, width)
-    narrow, scale = quantize(x)
-    assert narrow.dtype == FP8 and narrow.shape == x.shape and scale.shape == (3, 7, -(-width // BLOCK))
-    allowed = (x.abs() / 16).maximum(scale.repeat_interleave(BLOCK, -1)[..., :width] * 2**-10)
+    narrow, scale = quantize_blockwise(x)
+    assert narrow.dtype == FP8 and narrow.shape == x.shape and scale.shape == (3, 7, -(-width // WIDTH))
+    allowed = (x.abs() / 16).maximum(scale.repeat_interleave(WIDTH, -1)[..., :width] * 2**-10)
     error = (dequantize(narrow, scale) - x).abs()
     assert (error <= allowed * 1.001).all()
     assert (error > 0).any() or width == 1
@@ -32,7 +31,7 @@ def test_no_number_is_further_off_than_fp8_allows(width: int, size: float) -> No
 
 def test_each_block_has_its_own_scale_and_zeros_stay_zeros() -> None:
     x = torch.cat((torch.full((1, 128), 1e4), torch.full((1, 128), 1e-4), torch.zeros(1, 128)), dim=-1)
-    torch.testing.assert_close(dequantize(*quantize(x)), x, rtol=1e-6, atol=0)
+    torch.testing.assert_close(dequantize(*quantize_blockwise(x)), x, rtol=1e-6, atol=0)
 
 
 def test_it_weighs_what_the_count_says_and_what_flashmla_keeps() -> None:

@@ -8,6 +8,9 @@ from workbench_kernels.grouped_mm import grouped_mm as grouped_mm
 from workbench_kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from workbench_kernels.moe_mlp import moe_mlp as moe_mlp
 from workbench_kernels.moe_route import moe_route as moe_route
+from workbench_kernels.quantize_blockwise import Quantized as Quantized
+from workbench_kernels.quantize_blockwise import quantize_blockwise as quantize_blockwise
 from workbench_kernels.rms_norm import rms_norm as rms_norm
 from workbench_kernels.rope import rope as rope
+from workbench_kernels.scaled_mm_blockwise import scaled_mm_blockwise as scaled_mm_blockwise
 from workbench_kernels.sparse_select import sparse_select as sparse_select

@@ -9,12 +9,25 @@ from workbench_kernels.grouped_mm import grouped_mm
 from workbench_kernels.linear_cross_entropy import linear_cross_entropy
 from workbench_kernels.moe_mlp import moe_mlp
 from workbench_kernels.moe_route import moe_route
+from workbench_kernels.quantize_blockwise import quantize_blockwise
 from workbench_kernels.rms_norm import rms_norm
 from workbench_kernels.rope import rope
+from workbench_kernels.scaled_mm_blockwise import scaled_mm_blockwise
 from workbench_kernels.sparse_select import sparse_select
 from workbench_kernels.tier import FUSED_OPS
 
-OPS = (rms_norm, rope, moe_route, grouped_mm, moe_mlp, causal_attention, linear_cross_entropy, sparse_select)
+OPS = (
+    rms_norm,
+    rope,
+    moe_route,
+    grouped_mm,
+    moe_mlp,
+    causal_attention,
+    linear_cross_entropy,
+    quantize_blockwise,
+    scaled_mm_blockwise,
+    sparse_select,
+)
 
 
 class OpDescription(NamedTuple):

@@ -13,7 +13,17 @@ from torch._C import _is_tracing, _len_torch_dispatch_stack
 Tier = Literal["reference", "torch", "fused"]
 
 FUSED_OPS = frozenset(
-    {"grouped_mm", "linear_cross_entropy", "moe_mlp", "moe_route", "rms_norm", "rope", "sparse_select"}
+    {
+        "grouped_mm",
+        "linear_cross_entropy",
+        "moe_mlp",
+        "moe_route",
+        "quantize_blockwise",
+        "rms_norm",
+        "rope",
+        "scaled_mm_blockwise",
+        "sparse_select",
+    }
 )  # ops with a Triton twin in fused/
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

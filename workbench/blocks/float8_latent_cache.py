@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.blocks.cache import kept_of, room_for
-
-BLOCK = 128
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
+from workbench_kernels.quantize_blockwise import FP8, WIDTH, dequantize, quantize_blockwise
 
 
 class Float8LatentCache:
@@ -29,8 +26,8 @@ class Float8LatentCache:
     def __init__(
         self, batch_size: int, max_length: int, *, kv_lora_rank: int, qk_rope_head_dim: int, device: torch.device
     ) -> None:
-        shape, blocks = (batch_size, max_length), -(-kv_lora_rank // BLOCK)
-        self.latent = torch.zeros(*shape, kv_lora_rank, dtype=torch.float8_e4m3fn, device=device)
+        shape, blocks = (batch_size, max_length), -(-kv_lora_rank // WIDTH)
+        self.latent = torch.zeros(*shape, kv_lora_rank, dtype=FP8, device=device)
         self.scale = torch.zeros(*shape, blocks, dtype=torch.float32, device=device)
         self.key_rope = torch.zeros(*shape, qk_rope_head_dim, dtype=torch.bfloat16, device=device)
         self.length = 0
@@ -40,7 +37,7 @@ class Float8LatentCache:
     ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"]]:
         """Store latent and shared key of the next T tokens; returns those of all tokens so far, rounded."""
         end = room_for(latent, self.latent, self.length)
-        self.latent[:, self.length : end], self.scale[:, self.length : end] = quantize(latent)
+        self.latent[:, self.length : end], self.scale[:, self.length : end] = quantize_blockwise(latent)
         self.key_rope[:, self.length : end] = key_rope
         self.length = end
         latents_BSC = dequantize(self.latent[:, :end], self.scale[:, :end])
@@ -54,18 +51,3 @@ class Float8LatentCache:
     def nbytes(self) -> int:
         """Bytes that the tensors occupy."""
         return self.latent.nbytes + self.scale.nbytes + self.key_rope.nbytes
-
-
-def quantize(x: Float[Tensor, "*B C"]) -> tuple[Tensor, Float[Tensor, "*B blocks"]]:
-    """FP8 numbers, and the float32 scale of every block of 128 that makes them `x` again; a last block may be short."""
-    width = x.shape[-1]
-    blocks_BNI = F.pad(x.float(), (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
-    # A block of zeros has no scale of its own; any will do.
-    scale_BN = (blocks_BNI.abs().amax(-1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    narrow_BNI = (blocks_BNI / scale_BN.unsqueeze(-1)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return narrow_BNI.flatten(-2)[..., :width], scale_BN
-
-
-def dequantize(narrow: Tensor, scale: Float[Tensor, "*B blocks"]) -> Float[Tensor, "*B C"]:
-    """The float32 numbers that `quantize` rounded."""
-    return narrow.float() * scale.repeat_interleave(BLOCK, dim=-1)[..., : narrow.shape[-1]]

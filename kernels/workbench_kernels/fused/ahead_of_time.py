@@ -67,7 +67,16 @@ class Usage:
 
 
 def compile_case(case: Case, architecture: str) -> Usage:
-    """Compile for one of `SHARED_LIMIT`'s architectures; needs neither GPU nor driver, and no interpreter."""
+    """Compile for one of `SHARED_LIMIT`'s architectures, and read what it uses."""
+    compiled = compiled_kernel(case, architecture)
+    registers, spills = _amd(compiled) if architecture.startswith("gfx") else _nvidia(compiled)
+    text = compiled.asm["amdgcn" if architecture.startswith("gfx") else "ptx"]
+    counts = {name: text.count(name) for name in (NARROW[architecture], WIDE[architecture])}
+    return Usage(registers, spills, compiled.metadata.shared, {name: n for name, n in counts.items() if n})
+
+
+def compiled_kernel(case: Case, architecture: str) -> Any:
+    """Triton's compiled kernel; needs neither GPU nor driver, and no interpreter."""
     types = {name: "constexpr" if name in case.constants else case.arguments[name] for name in case.kernel.arg_names}
     # The launcher promises that pointers are 16-byte aligned, as torch's allocations are.
     attributes = {
@@ -75,11 +84,7 @@ def compile_case(case: Case, architecture: str) -> Usage:
     }
     source = ASTSource(fn=case.kernel, signature=types, constexprs=case.constants, attrs=attributes)
     options = {"num_warps": case.num_warps} | ({} if case.num_stages is None else {"num_stages": case.num_stages})
-    compiled = triton.compile(source, target=_target(architecture), options=options)
-    registers, spills = _amd(compiled) if architecture.startswith("gfx") else _nvidia(compiled)
-    text = compiled.asm["amdgcn" if architecture.startswith("gfx") else "ptx"]
-    counts = {name: text.count(name) for name in (NARROW[architecture], WIDE[architecture])}
-    return Usage(registers, spills, compiled.metadata.shared, {name: n for name, n in counts.items() if n})
+    return triton.compile(source, target=_target(architecture), options=options)
 
 
 def _target(architecture: str) -> GPUTarget:

@@ -1,6 +1,16 @@
 """Every kernel in every configuration that a launcher can choose."""
 
-from workbench_kernels.fused import grouped_mm, linear_cross_entropy, moe_mlp, moe_route, rms_norm, rope, sparse_select
+from workbench_kernels.fused import (
+    grouped_mm,
+    linear_cross_entropy,
+    moe_mlp,
+    moe_route,
+    quantize_blockwise,
+    rms_norm,
+    rope,
+    scaled_mm_blockwise,
+    sparse_select,
+)
 from workbench_kernels.fused.ahead_of_time import Case
 
 CASES_OF = {
@@ -8,8 +18,10 @@ CASES_OF = {
     "linear_cross_entropy": linear_cross_entropy.cases,
     "moe_mlp": moe_mlp.cases,
     "moe_route": moe_route.cases,
+    "quantize_blockwise": quantize_blockwise.cases,
     "rms_norm": rms_norm.cases,
     "rope": rope.cases,
+    "scaled_mm_blockwise": scaled_mm_blockwise.cases,
     "sparse_select": sparse_select.cases,
 }
 

@@ -158,7 +158,7 @@ def linear_cross_entropy_bwd_kernel(
     V: tl.constexpr, STRIDE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    column = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
     inside = column < STRIDE
     offset = row * STRIDE + column
     target = tl.load(target_ptr + row)
