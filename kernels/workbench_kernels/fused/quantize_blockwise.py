@@ -77,7 +77,7 @@ def quantize_blockwise_fwd_kernel(
     LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, LARGEST_POWER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    block = tl.program_id(1)
+    block = tl.program_id(1).to(tl.int64)
     column = block * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     inside = (row < num_rows)[:, None] & (column < K)[None, :]  # [BLOCK_M, BLOCK_K]
     offset = row[:, None] * K + column[None, :]

@@ -121,7 +121,7 @@ def scaled_mm_blockwise_fwd_kernel(
 ):  # fmt: skip
     # Down a few tiles of rows, then on to the next columns.
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     first_m = program // (GROUP_M * tiles_n) * GROUP_M
     group = tl.minimum(tiles_m - first_m, GROUP_M)
     tile_m = first_m + program % (GROUP_M * tiles_n) % group
