@@ -10,13 +10,13 @@ from kernel_rules import assert_exact, uninitialized_memory_is_nan
 from torch import Tensor
 
 from workbench_kernels import quantize_blockwise, scaled_mm_blockwise
-from workbench_kernels.quantize_blockwise import FP8, WIDTH
+from workbench_kernels.quantize_blockwise import FP8, WIDTH, ScaleFormat
 from workbench_kernels.scaled_mm_blockwise import reference
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def make(m: int, n: int, k: int, scale_format: str = "float32") -> Inputs:
+def make(m: int, n: int, k: int, scale_format: ScaleFormat = "float32") -> Inputs:
     torch.manual_seed(0)
     a, scale_a = quantize_blockwise(torch.randn(m, k) * torch.rand(m, 1).exp2(), scale_format=scale_format)
     b, scale_b = quantize_blockwise(torch.randn(n, k), block=(WIDTH, WIDTH), scale_format=scale_format)
@@ -29,7 +29,7 @@ def make(m: int, n: int, k: int, scale_format: str = "float32") -> Inputs:
     [(1, 1, 1), (60, 129, 60), (129, 60, 129), (129, 300, 257), (1, 129, 1024), (0, 5, 3), (5, 0, 3), (5, 3, 0)],
 )
 @pytest.mark.parametrize("scale_format", ["float32", "power_of_two"])
-def test_obeys_the_rule(sizes: tuple[int, int, int], out_dtype: torch.dtype, scale_format: str) -> None:
+def test_obeys_the_rule(sizes: tuple[int, int, int], out_dtype: torch.dtype, scale_format: ScaleFormat) -> None:
     inputs = make(*sizes, scale_format)
     found = scaled_mm_blockwise(*inputs, out_dtype=out_dtype)
     with uninitialized_memory_is_nan():
@@ -85,7 +85,7 @@ def test_no_gradient_reaches_any_argument() -> None:
 def test_op_is_registered_correctly(out_dtype: torch.dtype) -> None:
     inputs = make(5, 130, 140)
     op, arguments = torch.ops.workbench_kernels.scaled_mm_blockwise.default, (*inputs, out_dtype, False)
-    # Its test of the schema multiplies the arguments, which torch cannot do in FP8: seen here instead is that they stay.
+    # Its test of the schema multiplies the arguments, which torch cannot do in FP8: that they stay is seen below.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(op, arguments, test_utils=checks)
     for tensor, before in zip(inputs, make(5, 130, 140), strict=True):

@@ -27,15 +27,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench_kernels import causal_attention, grouped_mm, linear_cross_entropy, moe_mlp, rms_norm, rope, sparse_select
+from workbench_kernels import (
+    causal_attention,
+    grouped_mm,
+    linear_cross_entropy,
+    moe_mlp,
+    quantize_blockwise,
+    rms_norm,
+    rope,
+    scaled_mm_blockwise,
+    sparse_select,
+)
 from workbench_kernels.causal_attention import flash
 from workbench_kernels.causal_attention import reference as causal_attention_reference
 from workbench_kernels.expert_order import sort_by_expert
 from workbench_kernels.grouped_mm import reference as grouped_mm_reference
 from workbench_kernels.linear_cross_entropy import reference as linear_cross_entropy_reference
 from workbench_kernels.moe_mlp import reference as moe_mlp_reference
+from workbench_kernels.quantize_blockwise import BLOCKS, WIDTH, dequantize
+from workbench_kernels.quantize_blockwise import reference as quantize_blockwise_reference
 from workbench_kernels.rms_norm import reference as rms_norm_reference
 from workbench_kernels.rope import reference as rope_reference
+from workbench_kernels.scaled_mm_blockwise import reference as scaled_mm_blockwise_reference
 from workbench_kernels.sparse_select import SparseSelection
 from workbench_kernels.sparse_select import reference as sparse_select_reference
 from workbench_kernels.tier import FUSED_OPS
@@ -55,7 +68,7 @@ class Case:
     peers: dict[str, Op]
     ceiling: str  # "matmul" or "copy"
     forward_work: float  # floating-point operations, or bytes that must move
-    backward_work: float
+    backward_work: float | None  # None: no gradient, so no backward is checked or timed
 
 
 def torch_grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
@@ -232,13 +245,64 @@ def linear_cross_entropy_cases(dtype: torch.dtype, device: str) -> Iterator[Case
         )
 
 
+def quantize_blockwise_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Their values, each of which the check wants to be that of the definition."""
+    small, large = ((2048, 256), (2048, 2048)), ((16_384, 2048), (16_384, 7168))
+    for rows, width in small if device == "cpu" else large:
+        for block in BLOCKS:
+            definition = partial(quantized_by_definition, block_rows=block[0])
+            yield Case(
+                *("quantize_blockwise", f"M={rows} K={width}, blocks of {block[0]} x {block[1]}"),
+                (torch.randn(rows, width).to(device, dtype),),
+                lambda x, block=block: quantize_blockwise(x, block=block).values,
+                *(definition, {"definition": definition}, "copy", rows * width * (dtype.itemsize + 1.0), None),
+            )
+
+
+def quantized_by_definition(x: Tensor, block_rows: int) -> Tensor:
+    return quantize_blockwise_reference(x, block_rows, power_of_two=False)[0]
+
+
+def scaled_mm_blockwise_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Results in `dtype`. No `F.scaled_mm` on a CPU: it refuses blocks there, and with one scale takes minutes."""
+    small, large = ((64, 512, 512), (512, 1024, 1024)), ((64, 2112, 7168), (4096, 2112, 7168), (4096, 7168, 2048))
+    for m, n, k in small if device == "cpu" else large:
+        a, scale_a = quantize_blockwise(torch.randn(m, k).to(device))
+        b, scale_b = quantize_blockwise(torch.randn(n, k).div(k**0.5).to(device), block=(WIDTH, WIDTH))
+        wide_a, wide_b = dequantize(a, scale_a).to(dtype), dequantize(b, scale_b, block_rows=WIDTH).to(dtype)
+
+        def definition(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+            out_dtype = torch.float64 if scale_a.dtype == torch.float64 else dtype
+            return scaled_mm_blockwise_reference(a, b, scale_a, scale_b, out_dtype)
+
+        peers: dict[str, Op] = {
+            "definition": definition,
+            "@, dequantized before": lambda *_, wide_a=wide_a, wide_b=wide_b: wide_a @ wide_b.T,
+        }
+        if device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() == (9, 0):
+            # It takes each column of scale_a in one piece; made here once, as a quantizing kernel would write it.
+            columns = scale_a.T.contiguous().T
+            peers["F.scaled_mm"] = lambda a, b, _, scale_b, columns=columns: torch_scaled_mm(a, b, columns, scale_b)
+        yield Case(
+            *("scaled_mm_blockwise", f"M={m} N={n} K={k} to {dtype}".replace("torch.", ""), (a, b, scale_a, scale_b)),
+            *(partial(scaled_mm_blockwise, out_dtype=dtype), definition, peers, "matmul", 2.0 * m * n * k, None),
+        )
+
+
+def torch_scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    recipes = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    return F.scaled_mm(a, b.T, scale_a, recipes[0], scale_b.T, recipes[1], output_dtype=torch.bfloat16)
+
+
 CASES = {
     "causal_attention": causal_attention_cases,
     "grouped_mm": grouped_mm_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
     "moe_mlp": moe_mlp_cases,
+    "quantize_blockwise": quantize_blockwise_cases,
     "rms_norm": rms_norm_cases,
     "rope": rope_cases,
+    "scaled_mm_blockwise": scaled_mm_blockwise_cases,
     "sparse_select": sparse_select_cases,
 }
 
@@ -246,7 +310,9 @@ CASES = {
 PRODUCTS = ("grouped_mm", "linear_cross_entropy", "moe_mlp", "sparse_select")
 
 
-def results(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+def results(op: Op, inputs: Sequence[Tensor], grad: Tensor | None) -> list[Tensor]:
+    if grad is None:
+        return [op(*inputs)]
     leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
     output = op(*leaves)
     output.backward(grad)
@@ -257,14 +323,17 @@ def check(case: Case) -> None:
     """Refuse to time a wrong result: the rule of tests/kernel_rules.py, with gradients and without."""
     with torch.no_grad():
         alone = case.ours(*case.inputs)
-    grad = torch.randn_like(alone)
+    grad = None if case.backward_work is None else torch.randn_like(alone)
     wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in case.inputs]
-    truths = results(case.reference, wide, grad.double())
+    truths = results(case.reference, wide, None if grad is None else grad.double())
     owns = results(case.reference, case.inputs, grad)
     found = [alone, *results(case.ours, case.inputs, grad)]
     for ours, own, truth in zip(found, [owns[0], *owns], [truths[0], *truths], strict=True):
-        rounding = 2 * torch.finfo(ours.dtype).eps * truth.abs().max()
-        error, allowed = (ours - truth).abs().max(), 2 * (own - truth).abs().max() + rounding
+        # Numbers of eight bits are rounded as the definition rounds them, or wrongly.
+        roundings = 2 if ours.dtype.itemsize > 1 else 0
+        truth, own, eps = truth.double(), own.double(), torch.finfo(ours.dtype).eps
+        error = (ours.double() - truth).abs().max()
+        allowed = 2 * (own - truth).abs().max() + roundings * eps * truth.abs().max()
         if not error <= allowed:
             raise SystemExit(f"{case.op} {case.shape} {ours.dtype}: error {error:.3g} exceeds {allowed:.3g}")
 
@@ -311,7 +380,7 @@ def ceilings(clock: Clock, dtype: torch.dtype, device: str, rounds: int) -> dict
     return {name: work[name] / statistics.median(times[name]) for name in work}
 
 
-def calls(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Callable[[], object]]:
+def calls(op: Op, inputs: Sequence[Tensor], grad: Tensor | None) -> dict[str, Callable[[], object]]:
     leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
 
     def forward() -> None:
@@ -323,20 +392,20 @@ def calls(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Callable[
             leaf.grad = None
         op(*leaves).backward(grad)
 
-    return {"forward": forward, "forward+backward": both}
+    return {"forward": forward} if grad is None else {"forward": forward, "forward+backward": both}
 
 
 def measure(case: Case, clock: Clock, rates: dict[str, float], rounds: int) -> Iterator[dict]:
     output = case.ours(*case.inputs)
-    grad = torch.randn_like(output)
+    grad = None if case.backward_work is None else torch.randn_like(output)
     moved = sum(tensor.nbytes for tensor in (*case.inputs, output))  # each tensor once: what a forward must move
     candidates = {"workbench_kernels": case.ours, **case.peers}
     if clock.gpu:
         candidates["torch.compile of the definition"] = torch.compile(case.reference)
-    for direction, work in (
-        ("forward", case.forward_work),
-        ("forward+backward", case.forward_work + case.backward_work),
-    ):
+    directions = {"forward": case.forward_work}
+    if case.backward_work is not None:
+        directions["forward+backward"] = case.forward_work + case.backward_work
+    for direction, work in directions.items():
         functions = {name: calls(op, case.inputs, grad)[direction] for name, op in candidates.items()}
         times = clock.alternate(functions, rounds)
         ours = statistics.median(times["workbench_kernels"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from run import CASES, Case, Clock, check
+from triton.errors import TritonError
 
 from workbench_kernels.fused.tuned import Tuned, tuned
 
@@ -59,7 +60,7 @@ def improve(table: Tuned, key: str, milliseconds: Callable[[], float | None]) ->
 def measured(case: Case, clock: Clock, rounds: int) -> Callable[[], float | None]:
     """The median time of forward and backward, None where the op fails or its result is wrong."""
     grad = torch.randn_like(case.ours(*case.inputs))
-    leaves = [x.detach().requires_grad_(x.is_floating_point() and case.backward_work > 0) for x in case.inputs]
+    leaves = [x.detach().requires_grad_(x.is_floating_point() and case.backward_work is not None) for x in case.inputs]
 
     def both() -> None:
         out = case.ours(*leaves)
@@ -70,7 +71,7 @@ def measured(case: Case, clock: Clock, rounds: int) -> Callable[[], float | None
         try:
             check(case)
             return statistics.median(clock.alternate({"ours": both}, rounds)["ours"])
-        except (RuntimeError, SystemExit):  # too much shared memory, too many registers; a wrong result
+        except (RuntimeError, SystemExit, TritonError):  # too much shared memory, too many registers; a wrong result
             return None
 
     return milliseconds

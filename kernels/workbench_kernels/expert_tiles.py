@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_EXPERTS = 2_047  # one program of the Triton twins holds the ends of all
+MAX_TILES = 2**15 - 1  # of one expert: what the upper half of an int32 can count
 
 
 class ExpertOrder(NamedTuple):
@@ -47,6 +48,8 @@ def reference(indices: Tensor, num_experts: int, tile_rows: int) -> ExpertOrder:
 
 def tile_map(offs: Tensor, num_rows: int, tile_rows: int) -> Tensor:
     """The tiles of all rows, int32; those of rows that no expert owns carry E as their expert."""
+    if num_rows // tile_rows >= MAX_TILES:
+        raise ValueError(f"{num_rows} rows are more than {MAX_TILES} tiles of {tile_rows}")
     bounds = torch.cat((offs.new_zeros(1), offs, offs.new_full((1,), num_rows)))
     tiles_E = (bounds.diff() + tile_rows - 1).div(tile_rows, rounding_mode="floor")
     ends_E = tiles_E.cumsum(0)

@@ -22,6 +22,9 @@ class Options(NamedTuple):
     out_dtype: torch.dtype | None = None
 
 
+NO_OPTIONS = Options()
+
+
 def grouped_mm(
     x: Tensor,
     weight: Tensor,
@@ -41,7 +44,7 @@ def grouped_mm(
         x: [M, K], rows sorted by expert.
         weight: [E, N, K] (experts, out, in), of the dtype of `x`; [E, 2N, K], gate above up, with an activation.
         offs: int32 [E], the inclusive cumulative ends: expert e owns the rows `offs[e - 1]:offs[e]`. On a GPU they are
-            not looked at: what would decrease or end beyond M gives wrong rows there.
+            not looked at: where they decrease or end beyond M, rows are wrong.
         bias: [E, N] or [E, 2N], of the dtype of `x`; added to the rows of its expert.
         gather_idx: integers [M]: sorted row m is `x[gather_idx[m]]`; x may then have any number of rows.
         scatter_idx: integers [M], each of 0..M-1 once: sorted row m is written to `out[scatter_idx[m]]`.
@@ -67,14 +70,11 @@ def grouped_mm(
     tier = resolve("grouped_mm", impl, x.device, x.dtype, fits=len(weight) <= MAX_EXPERTS)
     if tier == "reference":
         return reference(x, weight, offs, options)
-    if options == Options():
+    if options == NO_OPTIONS:
         return _grouped_mm(x, weight, offs, tier == "fused")
     if tier == "fused" and unwatched(x, weight, bias, row_scale):
         return _in_one_kernel(x, weight, offs, options)
     return _in_passes(x, weight, offs, options, tier)
-
-
-NO_OPTIONS = Options()
 
 
 def reference(x: Tensor, weight: Tensor, offs: Tensor, options: Options = NO_OPTIONS) -> Tensor:

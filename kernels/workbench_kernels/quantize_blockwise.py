@@ -17,8 +17,9 @@ LARGEST = torch.finfo(FP8).max
 WIDTH = 128  # columns of a block
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 LARGEST_POWER = 2.0**119  # the largest power of two whose product with 448 float32 can hold
-_CHUNK = 131_072  # numbers that the torch form rounds at a time, from the cache
+_CHUNK = 262_144  # numbers that the torch form rounds at a time, from the cache
 
+ScaleFormat = Literal["float32", "power_of_two"]
 BLOCKS = ((1, WIDTH), (WIDTH, WIDTH))
 
 
@@ -33,7 +34,7 @@ def quantize_blockwise(
     x: Tensor,
     *,
     block: tuple[int, int] = (1, WIDTH),
-    scale_format: Literal["float32", "power_of_two"] = "float32",
+    scale_format: ScaleFormat = "float32",
     impl: str = "auto",
 ) -> Quantized:
     """`values * scale` is `x` rounded to E4M3; the scale of a block takes its largest magnitude to 448.

@@ -120,6 +120,19 @@ def test_compiles_as_one_graph() -> None:
     assert torch.equal(torch.compile(op, backend="aot_eager", fullgraph=True)(logits), op(logits))
 
 
+def test_refuses_wide_logits_and_too_many_tiles() -> None:
+    with pytest.raises(ValueError, match="takes float32, float16 or bfloat16"):
+        moe_route(torch.zeros(1, 4, dtype=torch.float64, device=DEVICE), 2, scoring_func="sigmoid", impl="fused")
+    for fused in (True, False):
+        with pytest.raises(ValueError, match="40000 rows are more than 32767 tiles of 1"):
+            expert_order(choices(40_000, 1, 1), 1, tile_rows=1, fused=fused)
+
+
+def test_experts_that_are_not_there_have_no_rows() -> None:
+    order = expert_order(torch.tensor([[0], [7], [-1], [2]], device=DEVICE), 3, tile_rows=16, fused=True)
+    assert order.offs.tolist() == [1, 1, 2] and order.pair.tolist() == [0, 3, 0, 0]
+
+
 def test_refuses_too_many_experts() -> None:
     with pytest.raises(ValueError, match="up to 1024 experts, not 1025"):
         moe_route(torch.zeros(1, 1025, device=DEVICE), 2, scoring_func="sigmoid", impl="fused")

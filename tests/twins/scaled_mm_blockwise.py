@@ -98,7 +98,7 @@ def test_takes_any_strides_and_decodes_every_number() -> None:
         assert torch.equal(found, a.half())
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS if INTERPRETED else [])
+@pytest.mark.parametrize("mutation", MUTATIONS)
 def test_sees_a_mutated_kernel(mutation: Mutation, tmp_path: Path) -> None:
     if mutation.wrong == "GROUP_M":
         proof = test_every_tile_is_multiplied_once

@@ -116,7 +116,7 @@ def test_takes_strides() -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS if INTERPRETED else [])
+@pytest.mark.parametrize("mutation", MUTATIONS)
 def test_sees_a_mutated_kernel(mutation: Mutation, tmp_path: Path) -> None:
     def proof() -> None:
         if mutation.kernel in ("in_order", "sparse_select_topk_kernel"):

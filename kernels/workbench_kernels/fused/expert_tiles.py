@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench_kernels.expert_tiles import MAX_EXPERTS, most_tiles
+from workbench_kernels.expert_tiles import MAX_EXPERTS, MAX_TILES, most_tiles
 from workbench_kernels.fused.ahead_of_time import Case
 
 BLOCK_P = 64  # pairs of one program
@@ -50,7 +50,8 @@ def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
         num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     offs = counts.cumsum(0, dtype=torch.int32)
-    pair, row = (pairs.new_empty(num_pairs, dtype=torch.int32) for _ in range(2))
+    # Zeros: a pair whose expert is none has no row, and a row without a pair may be read.
+    pair, row = (pairs.new_zeros(num_pairs, dtype=torch.int32) for _ in range(2))
     if num_pairs:
         expert_place_kernel[(num_blocks,)](
             pairs, before, counts, offs, pair, row, num_pairs, num_experts, BLOCK_P,
@@ -75,6 +76,8 @@ def _check(num_experts: int) -> None:
 
 
 def _tile_map(offs: Tensor, num_rows: int, tile_rows: int, num_tiles: int) -> Tensor:
+    if num_rows // tile_rows >= MAX_TILES:
+        raise ValueError(f"{num_rows} rows are more than {MAX_TILES} tiles of {tile_rows}")
     tiles = offs.new_empty(num_tiles)
     block_e = max(32, 1 << len(offs).bit_length())  # all experts, and the rows that none owns
     block_z = TILE // block_e
@@ -148,7 +151,8 @@ def expert_place_kernel(
     place = tl.arange(0, BLOCK_P)  # [BLOCK_P]
     pair = block * BLOCK_P + place
     inside = pair < num_pairs
-    expert = tl.load(pairs_ptr + pair, mask=inside, other=0)
+    expert = tl.load(pairs_ptr + pair, mask=inside, other=-1)
+    inside = inside & (expert >= 0) & (expert < num_experts)
     # Read a second time, so that it lies along the other axis.
     other = tl.load(pairs_ptr + block * BLOCK_P + tl.arange(0, BLOCK_P), mask=inside, other=-1)
     earlier = (other[None, :] == expert[:, None]) & (place[None, :] < place[:, None])  # [BLOCK_P, BLOCK_P]

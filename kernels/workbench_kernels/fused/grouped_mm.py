@@ -64,12 +64,12 @@ def launch_for(rows_per_expert: int, num_columns: int, width: int, itemsize: int
     return Launch(16, min(block_n, 128), large.block_k, 4, large.num_stages)
 
 
-def _chosen(kernel: str, shape: tuple[int, int, int, int], device: torch.device) -> Launch:
+def _chosen(kernel: str, shape: tuple[int, int, int, int], device: torch.device, **form: int) -> Launch:
     """What was measured for about as many rows, or the picker's tile."""
     rows, columns, width, itemsize = shape
     picked = launch_for(*shape, architecture_of(device))
     about = 1 << rows.bit_length()
-    return chosen(picked, kernel, device, rows_below=about, columns=columns, width=width, bytes=itemsize)
+    return chosen(picked, kernel, device, rows_below=about, columns=columns, width=width, bytes=itemsize, **form)
 
 
 class Product(NamedTuple):
@@ -100,6 +100,10 @@ def forward(
     order of the experts. Rows that no expert owns are zero.
     """
     check_dtype(x.dtype)
+    offs = offs.contiguous()
+    bias, gather, scatter, row_scale = (
+        None if part is None else part.contiguous() for part in (bias, gather, scatter, row_scale)
+    )
     num_rows = len(x) if gather is None else len(gather)
     num_experts, num_columns, width = weight.shape
     num_columns = num_columns if activation is None else num_columns // 2
@@ -107,7 +111,7 @@ def forward(
     weight = weight.transpose(1, 2).contiguous() if turned else weight
     architecture = architecture_of(x.device)
     shape = num_rows // num_experts, num_columns, width, x.dtype.itemsize
-    tile = _chosen("grouped_mm_fwd_kernel", shape, x.device)
+    tile = _chosen("grouped_mm_fwd_kernel", shape, x.device, gated=int(activation is not None), turned=int(turned))
     block_n = tile.block_n if activation is None or tile.block_n < 128 else tile.block_n // 2
     out = x.new_empty(num_rows, num_columns, dtype=out_dtype or x.dtype)
     gate_up = x.new_empty(num_rows, 2 * num_columns) if keep else None
@@ -143,6 +147,8 @@ def weight_grad(
     the rows in that sum alone.
     """
     check_dtype(x.dtype)
+    offs = offs.contiguous()
+    num_rows = next(len(rows) for rows in (grad_gather, x_gather, grad) if rows is not None)
     num_experts, num_columns, width = len(offs), grad.shape[1], x.shape[1]
     out = x.new_empty(num_experts, num_columns, width)
     bias = x.new_empty(num_experts, num_columns) if with_bias else None
@@ -152,7 +158,7 @@ def weight_grad(
         tile = _chosen("grouped_mm_bwd_weight_kernel", shape, x.device)
         grid = (cdiv(num_columns, tile.block_m) * cdiv(width, tile.block_n), num_experts)
         grouped_mm_bwd_weight_kernel[grid](
-            grad.contiguous(), x.contiguous(), grad_gather, x_gather, bias_scale, offs, out, bias,
+            grad.contiguous(), x.contiguous(), grad_gather, x_gather, bias_scale, offs, out, bias, num_rows,
             num_columns, width, gather_div, precision_of(architecture), tile.block_m, tile.block_n, tile.block_k,
             num_warps=tile.num_warps,  # pyright: ignore[reportCallIssue]
             num_stages=tile.num_stages,  # pyright: ignore[reportCallIssue]
@@ -214,9 +220,10 @@ def _forward_case(kind: str, architecture: str, tile: Launch, form: str, *, odd:
 
 def _weight_case(kind: str, architecture: str, tile: Launch, fused: bool, *, odd: bool = False) -> Case:
     arguments = {"grad_ptr": f"*{kind}", "x_ptr": f"*{kind}", "offs_ptr": "*i32", "out_ptr": f"*{kind}"}
+    arguments["num_rows"] = "i32"
     constants = {"N": 1024 - odd, "K": 2048 - odd, "GATHER_DIV": 8, "PRECISION": precision_of(architecture)}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    optional = {"grad_gather_ptr": "*i32", "x_gather_ptr": "*i32", "scale_ptr": f"*{kind}", "bias_ptr": f"*{kind}"}
+    optional = {"grad_gather_ptr": "*i32", "x_gather_ptr": "*i32", "scale_ptr": "*fp32", "bias_ptr": f"*{kind}"}
     if fused:
         arguments |= optional
     else:
@@ -247,7 +254,7 @@ def grouped_mm_fwd_kernel(
         if packed >= 0:
             expert = (packed & 0xFFFF).to(tl.int64)  # E: rows that none owns
             start = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
-            end = tl.load(offs_ptr + expert, mask=expert < E, other=num_rows)
+            end = tl.minimum(tl.load(offs_ptr + expert, mask=expert < E, other=num_rows), num_rows)
             row = start.to(tl.int64) + (packed >> 16).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
             known = row < end
             column = (within // rows_of_group).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -292,8 +299,11 @@ def grouped_mm_fwd_kernel(
                     kept = gate_up_ptr + row[:, None] * (2 * N) + column[None, :]
                     tl.store(kept, gate, mask=stored)
                     tl.store(kept + N, up, mask=stored)
-                gate = tl.minimum(gate.to(tl.float32), limit)
-                up = tl.minimum(tl.maximum(up.to(tl.float32), -limit), limit) + raised
+                gate = gate.to(tl.float32)
+                up = up.to(tl.float32)
+                # Chosen and not a minimum, which on a GPU passes over what is no number.
+                gate = tl.where(gate > limit, limit, gate)
+                up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + raised
                 out = gate * tl.sigmoid(alpha * gate) * up
             if scale_ptr is not None:
                 out = out * tl.load(scale_ptr + row, mask=known & (expert < E), other=0.0).to(tl.float32)[:, None]
@@ -305,7 +315,7 @@ def grouped_mm_fwd_kernel(
 
 @triton.jit
 def grouped_mm_bwd_weight_kernel(
-    grad_ptr, x_ptr, grad_gather_ptr, x_gather_ptr, scale_ptr, offs_ptr, out_ptr, bias_ptr,
+    grad_ptr, x_ptr, grad_gather_ptr, x_gather_ptr, scale_ptr, offs_ptr, out_ptr, bias_ptr, num_rows,
     N: tl.constexpr, K: tl.constexpr, GATHER_DIV: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -315,7 +325,7 @@ def grouped_mm_bwd_weight_kernel(
     n = (tl.program_id(0) // tiles_of_k).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     k = (tl.program_id(0) % tiles_of_k).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     start = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offs_ptr + expert)
+    end = tl.minimum(tl.load(offs_ptr + expert), num_rows)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     column_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     for first in range(start, end, BLOCK_K):

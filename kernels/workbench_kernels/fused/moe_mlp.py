@@ -85,6 +85,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, w13, w2, weights, b13 and b2; those of biases that are not there are empty."""
     grad, weights, num_slots = grad.contiguous(), weights.contiguous(), indices.shape[1]
+    b2 = None if b2 is None else b2.contiguous()
     # Of a row not yet weighted.
     grad_hidden_MF = grouped_mm.forward(grad, w2.transpose(1, 2), offs, gather=pair, gather_div=num_slots).out
     num_rows, width = grad_hidden_MF.shape
@@ -98,7 +99,7 @@ def backward(
             width, grad.shape[1], num_slots, tile.block_m, tile.block_x,
             num_warps=tile.num_warps,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
-    weight_M = None if b2 is None else weights.flatten()[pair].to(x.dtype)
+    weight_M = None if b2 is None else weights.flatten()[pair].to(torch.float32)
     grad_w2, grad_b2 = grouped_mm.weight_grad(
         grad, hidden_MF, offs, grad_gather=pair, gather_div=num_slots, with_bias=b2 is not None, bias_scale=weight_M
     )
@@ -195,10 +196,10 @@ def moe_mlp_bwd_kernel(
         up = tl.load(gate_up_ptr + wide + F, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_hidden_ptr + narrow, mask=inside, other=0.0).to(tl.float32)
 
-        low = tl.minimum(gate, limit)
+        low = tl.where(gate > limit, limit, gate)  # not a minimum, which on a GPU passes over what is no number
         sigmoid = tl.sigmoid(alpha * low)
         gated = low * sigmoid
-        lifted = tl.minimum(tl.maximum(up, -limit), limit) + raised
+        lifted = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + raised
         hidden = gated * lifted
         of_weight += tl.sum(grad * hidden, axis=1)
         tl.store(hidden_ptr + narrow, (hidden * weight).to(dtype), mask=inside)

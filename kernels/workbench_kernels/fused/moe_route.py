@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workbench_kernels.fused import expert_tiles
 from workbench_kernels.fused.ahead_of_time import Case
+from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.moe_route import MAX_EXPERTS, fits_twin
 
 TILE = 1_024  # scores of one program
@@ -41,6 +42,7 @@ def forward(
     routed_scaling_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return weights, scores, indices and counts."""
+    check_dtype(logits.dtype)
     num_tokens, num_experts = logits.shape
     if not fits_twin(num_experts):
         raise ValueError(f"the fused moe_route takes up to {MAX_EXPERTS} experts, not {num_experts}")

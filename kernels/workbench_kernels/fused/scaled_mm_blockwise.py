@@ -20,7 +20,7 @@ MULTIPLIES_E4M3 = ("sm_90", "sm_100")  # elsewhere the matrix units take the sam
 
 @dataclass(frozen=True)
 class Launch:
-    """The tile of one program, and how many rows of blocks it reads ahead."""
+    """The tile of one program, and how many blocks of columns are on their way at once."""
 
     block_m: int
     block_n: int
@@ -29,7 +29,7 @@ class Launch:
     num_stages: int
 
 
-# By the rows of a tile. Scales and the sum's float32 belong to 128 columns or, where decoding needs registers, fewer.
+# By the rows of a tile. One product is of 128 columns, as a scale is, or of fewer where decoding takes registers.
 _NATIVE = (
     Launch(16, 64, 128, 4, 4),
     Launch(32, 64, 128, 4, 4),
@@ -55,7 +55,7 @@ LAUNCHES = {
 
 
 def launch_for(num_rows: int, architecture: str) -> Launch:
-    """The smallest tile that holds all rows, or the largest: few rows leave more programs and read b no more often."""
+    """The smallest tile that holds all rows, or the largest: where rows are few, b is read once, by more programs."""
     return next((launch for launch in LAUNCHES[architecture] if num_rows <= launch.block_m), LAUNCHES[architecture][-1])
 
 
@@ -63,11 +63,10 @@ def forward(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: t
     """Return a [M, K] times b [N, K], of any strides, with scale_a [M, K / 128] and scale_b [N / 128, K / 128]."""
     check_dtype(out_dtype)
     num_rows, num_columns = a.shape[0], b.shape[0]
-    if a.shape[1] == 0:
+    if 0 in (num_rows, num_columns, a.shape[1]):
         return torch.zeros(num_rows, num_columns, dtype=out_dtype, device=a.device)
-    out = torch.empty(num_rows, num_columns, dtype=out_dtype, device=a.device)
-    if out.numel() == 0:
-        return out
+    # Rows of whole vectors, the last columns zeros: to store one number at a time takes registers, and spills.
+    out = torch.empty(num_rows, num_columns + -num_columns % VECTOR, dtype=out_dtype, device=a.device)
     architecture = architecture_of(a.device)
     launch = launch_for(num_rows, architecture)
     a, b = (_readable(tensor) for tensor in (a, b))
@@ -75,11 +74,11 @@ def forward(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: t
         a, b = (tensor.view(FP8) for tensor in (a, b))
     num_programs = -(-num_rows // launch.block_m) * -(-num_columns // launch.block_n)
     scaled_mm_blockwise_fwd_kernel[(num_programs,)](
-        a, b, scale_a.contiguous(), scale_b.contiguous(), out, num_rows, num_columns, a.shape[1],
+        a, b, scale_a.contiguous(), scale_b.contiguous(), out, num_rows, num_columns, out.shape[1], a.shape[1],
         launch.block_m, launch.block_n, launch.block_k, WIDTH, GROUP_M,
         num_warps=launch.num_warps, num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
-    return out
+    return out[:, :num_columns].contiguous()
 
 
 def _readable(values: Tensor) -> Tensor:
@@ -90,7 +89,7 @@ def _readable(values: Tensor) -> Tensor:
 
 
 def cases(kind: str) -> list[Case]:
-    """Every tile, of rows of whole blocks and of rows with a short block at the end."""
+    """Every tile, of rows of whole blocks in whole vectors and of others."""
     found = []
     for architecture in SHARED_LIMIT:
         values = "*fp8e4nv" if architecture in MULTIPLIES_E4M3 else "*u8"
@@ -98,13 +97,14 @@ def cases(kind: str) -> list[Case]:
         arguments = tensors | {"out_ptr": f"*{kind}", "num_rows": "i32"}
         for launch in LAUNCHES[architecture]:
             tile = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k}
-            for width in (1024, 1008):
+            for num_columns, width in ((576, 1024), (575, 1008)):
+                sizes = {"N": num_columns, "OUT_WIDTH": 576, "K": width}
                 found.append(
                     Case(
-                        f"scaled_mm_blockwise_fwd_kernel K={width} {architecture}",
+                        f"scaled_mm_blockwise_fwd_kernel N={num_columns} K={width}",
                         scaled_mm_blockwise_fwd_kernel,
                         arguments,
-                        {"N": 576, "K": width, "WIDTH": WIDTH, "GROUP_M": GROUP_M, **tile},
+                        sizes | tile | {"WIDTH": WIDTH, "GROUP_M": GROUP_M},
                         launch.num_warps,
                         launch.num_stages,
                         "wide" if launch.block_m >= 64 else "narrow",
@@ -116,7 +116,8 @@ def cases(kind: str) -> list[Case]:
 
 @triton.jit
 def scaled_mm_blockwise_fwd_kernel(
-    a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, out_ptr, num_rows, N: tl.constexpr, K: tl.constexpr,
+    a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, out_ptr, num_rows,
+    N: tl.constexpr, OUT_WIDTH: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Down a few tiles of rows, then on to the next columns.
@@ -152,8 +153,8 @@ def scaled_mm_blockwise_fwd_kernel(
         # A sum of its own for every block: the matrix units of sm_90 would keep 14 bits of one sum over all of them.
         total += tl.dot(a, b.T) * (scale_a * scale_b)[:, None]
 
-    out = out_ptr + row[:, None] * N + column[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=row_inside[:, None] & column_inside[None, :])
+    out = out_ptr + row[:, None] * OUT_WIDTH + column[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=row_inside[:, None] & (column < OUT_WIDTH)[None, :])
 
 
 @triton.jit
