@@ -16,8 +16,8 @@ from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.expert_tiles import cdiv, sort_by_expert
 from workbench_kernels.gated import GatedActivation
 
-MIN_BLOCK_X = 32
-MAX_BLOCK_X = 256
+MIN_BLOCK_X = 64
+MAX_BLOCK_X = 128
 TILE = 1_024  # numbers of one program; larger ones spill for odd widths
 
 
