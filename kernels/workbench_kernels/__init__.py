@@ -6,6 +6,8 @@ from workbench_kernels.gated import SWIGLU as SWIGLU
 from workbench_kernels.gated import GatedActivation as GatedActivation
 from workbench_kernels.grouped_mm import grouped_mm as grouped_mm
 from workbench_kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from workbench_kernels.mla_decode import Float8Cache as Float8Cache
+from workbench_kernels.mla_decode import mla_decode as mla_decode
 from workbench_kernels.moe_mlp import moe_mlp as moe_mlp
 from workbench_kernels.moe_route import moe_route as moe_route
 from workbench_kernels.quantize_blockwise import Quantized as Quantized

@@ -3,6 +3,7 @@
 from workbench_kernels.fused import (
     grouped_mm,
     linear_cross_entropy,
+    mla_decode,
     moe_mlp,
     moe_route,
     quantize_blockwise,
@@ -16,6 +17,7 @@ from workbench_kernels.fused.ahead_of_time import Case
 CASES_OF = {
     "grouped_mm": grouped_mm.cases,
     "linear_cross_entropy": linear_cross_entropy.cases,
+    "mla_decode": mla_decode.cases,
     "moe_mlp": moe_mlp.cases,
     "moe_route": moe_route.cases,
     "quantize_blockwise": quantize_blockwise.cases,
