@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench_kernels import causal_attention, grouped_mm, moe_mlp, rms_norm, rope
+from workbench_kernels import causal_attention, grouped_mm, mla_decode, moe_mlp, rms_norm, rope
 from workbench_kernels.causal_attention import flash
 from workbench_kernels.causal_attention import reference as causal_attention_reference
 from workbench_kernels.expert_order import sort_by_expert
 from workbench_kernels.grouped_mm import reference as grouped_mm_reference
+from workbench_kernels.mla_decode import reference as mla_decode_reference
 from workbench_kernels.moe_mlp import reference as moe_mlp_reference
 from workbench_kernels.rms_norm import reference as rms_norm_reference
 from workbench_kernels.rope import reference as rope_reference
@@ -48,7 +49,7 @@ class Case:
     peers: dict[str, Op]
     ceiling: str  # "matmul" or "copy"
     forward_work: float  # floating-point operations, or bytes that must move
-    backward_work: float
+    backward_work: float | None  # None: there is no backward
 
 
 def torch_grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
@@ -169,16 +170,70 @@ def causal_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         )
 
 
+def two_products(q_nope: Tensor, q_rope: Tensor, kv_cache: Tensor, scale: float) -> Tensor:
+    """The absorbed form as a model writes it, whose sequences are all as long as the cache."""
+    query = torch.cat((q_nope, q_rope), dim=-1).flatten(1, 2)
+    weights = torch.softmax(torch.bmm(query, kv_cache.mT) * scale, dim=-1, dtype=torch.float32)
+    return torch.bmm(weights.to(query.dtype), kv_cache[..., : q_nope.shape[-1]]).view(q_nope.shape)
+
+
+def padded_attention(q_nope: Tensor, q_rope: Tensor, kv_cache: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """Torch's own over the whole cache, the unused part of which is hidden (and must hold no NaN)."""
+    query = torch.cat((q_nope, q_rope), dim=-1).flatten(1, 2).unsqueeze(1)
+    hidden = torch.arange(kv_cache.shape[1], device=query.device) >= lengths[:, None, None, None]
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+    key = kv_cache.unsqueeze(1)
+    mixed = F.scaled_dot_product_attention(query, key, key, attn_mask=mask, scale=scale)
+    return mixed[..., : q_nope.shape[-1]].reshape(q_nope.shape)
+
+
+def mla_decode_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small = ((8, 16, 512, 64, 1024, True), (4, 128, 512, 64, 1024, True), (8, 16, 512, 64, 1024, False))
+    small += ((32, 8, 64, 16, 256, True), (32, 8, 64, 16, 256, False))
+    large = ((64, 16, 512, 64, 4096, True), (64, 128, 512, 64, 4096, True), (64, 16, 512, 64, 4096, False))
+    for sequences, heads, latent, rotary, length, full in small if device == "cpu" else large:
+        queries = torch.randn(sequences, 1, heads, latent + rotary).to(device, dtype).split((latent, rotary), dim=-1)
+        kv_cache = torch.randn(sequences, length, latent + rotary).to(device, dtype)
+        counts = torch.full((sequences,), length) if full else torch.linspace(length / 4, length, sequences)
+        lengths = counts.to(device, torch.int32)
+        scale = (latent + rotary) ** -0.5
+        options = {"cache_seqlens": lengths, "softmax_scale": scale}
+
+        def ours(*inputs: Tensor, options: dict = options) -> Tensor:
+            return mla_decode(*inputs, **options).out
+
+        def definition(*inputs: Tensor, options: dict = options) -> Tensor:
+            return mla_decode_reference(*inputs, **options).out
+
+        peers: dict[str, Op] = {
+            "definition": definition,
+            "F.scaled_dot_product_attention": partial(padded_attention, lengths=lengths, scale=scale),
+        }
+        if full:
+            peers["two products"] = partial(two_products, scale=scale)
+        few, kept = device != "cpu" and heads < 64, float(counts.sum())
+        work = kept * (latent + rotary) * dtype.itemsize if few else 2 * kept * heads * (2 * latent + rotary)
+        filled = "full" if full else "from a quarter to full"
+        yield Case(
+            *("mla_decode", f"B={sequences} T=1 H={heads} C={latent} R={rotary} S={length} {filled}"),
+            *((*queries, kv_cache), ours, definition, peers, "copy" if few else "matmul", work, None),
+        )
+
+
 CASES = {
     "causal_attention": causal_attention_cases,
     "grouped_mm": grouped_mm_cases,
+    "mla_decode": mla_decode_cases,
     "moe_mlp": moe_mlp_cases,
     "rms_norm": rms_norm_cases,
     "rope": rope_cases,
 }
 
 
-def results(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+def results(op: Op, inputs: Sequence[Tensor], grad: Tensor | None) -> list[Tensor]:
+    if grad is None:
+        with torch.no_grad():
+            return [op(*inputs)]
     leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
     output = op(*leaves)
     output.backward(grad)
@@ -189,9 +244,9 @@ def check(case: Case) -> None:
     """Refuse to time a wrong result: the rule of tests/kernel_rules.py, with gradients and without."""
     with torch.no_grad():
         alone = case.ours(*case.inputs)
-    grad = torch.randn_like(alone)
     wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in case.inputs]
-    truths = results(case.reference, wide, grad.double())
+    grad = None if case.backward_work is None else torch.randn_like(alone)
+    truths = results(case.reference, wide, None if grad is None else grad.double())
     owns = results(case.reference, case.inputs, grad)
     found = [alone, *results(case.ours, case.inputs, grad)]
     for ours, own, truth in zip(found, [owns[0], *owns], [truths[0], *truths], strict=True):
@@ -261,10 +316,10 @@ def calls(op: Op, inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Callable[
 def measure(case: Case, clock: Clock, rates: dict[str, float], rounds: int) -> Iterator[dict]:
     grad = torch.randn_like(case.ours(*case.inputs))
     candidates = {"workbench_kernels": case.ours, **case.peers}
-    for direction, work in (
-        ("forward", case.forward_work),
-        ("forward+backward", case.forward_work + case.backward_work),
-    ):
+    directions = {"forward": case.forward_work}
+    if case.backward_work is not None:
+        directions["forward+backward"] = case.forward_work + case.backward_work
+    for direction, work in directions.items():
         functions = {name: calls(op, case.inputs, grad)[direction] for name, op in candidates.items()}
         times = clock.alternate(functions, rounds)
         ours = statistics.median(times["workbench_kernels"])
