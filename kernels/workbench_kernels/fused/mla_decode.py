@@ -47,7 +47,7 @@ MANY = {"sm_80": (32, 64, 512, 8), "sm_90": (64, 64, 512, 8), "sm_100": (64, 32,
 MANY_SCATTERED = MANY | {"sm_90": (64, 32, 512, 8)}
 MANY_FLOAT8 = MANY | {"sm_80": (16, 64, 512, 8), "sm_90": (64, 32, 128, 8), "sm_100": (64, 32, 64, 8)}
 FLOAT32 = dict.fromkeys(SHARED_LIMIT, (16, 16, 32, 8)) | {"gfx942": (16, 16, 32, 4)}
-SMALL = dict.fromkeys(SHARED_LIMIT, (16, 16, 64, 4))  # widths that vector loads cannot read, or narrow float32
+SMALL = dict.fromkeys(SHARED_LIMIT, (16, 32, 64, 8))  # widths that vector loads cannot read, or narrow float32
 NUM_STAGES = 2
 
 
