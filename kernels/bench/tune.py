@@ -16,7 +16,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from run import CASES, Case, Clock, check
+from cases import CASES, Case
+from run import Clock, check
 from triton.errors import TritonError
 
 from workbench_kernels.fused.tuned import Tuned, tuned

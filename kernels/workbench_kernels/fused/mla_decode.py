@@ -42,10 +42,10 @@ class Launch:
 
 # Rows, tokens, columns of a score product and warps, found by compiling: the most that neither spills nor overflows
 # shared memory. Where a score product is cut, its operands would not fit the registers whole.
-FEW = {"sm_80": (16, 64, 512, 8), "sm_90": (16, 64, 512, 8), "sm_100": (16, 64, 512, 8), "gfx942": (16, 32, 512, 4)}
+FEW = {"sm_80": (16, 64, 512, 8), "sm_90": (16, 64, 512, 8), "sm_100": (16, 64, 512, 8), "gfx942": (16, 16, 512, 4)}
 MANY = {"sm_80": (32, 64, 512, 8), "sm_90": (64, 64, 512, 8), "sm_100": (64, 32, 512, 8), "gfx942": (32, 16, 512, 4)}
 MANY_SCATTERED = MANY | {"sm_90": (64, 32, 512, 8)}
-MANY_FLOAT8 = MANY | {"sm_80": (16, 64, 512, 8), "sm_100": (64, 32, 128, 8)}
+MANY_FLOAT8 = MANY | {"sm_80": (16, 64, 512, 8), "sm_90": (64, 32, 128, 8), "sm_100": (64, 32, 64, 8)}
 FLOAT32 = dict.fromkeys(SHARED_LIMIT, (16, 16, 32, 8)) | {"gfx942": (16, 16, 32, 4)}
 SMALL = dict.fromkeys(SHARED_LIMIT, (16, 32, 64, 8))  # widths that vector loads cannot read, or narrow float32
 NUM_STAGES = 2

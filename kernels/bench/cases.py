@@ -1,0 +1,345 @@
+"""What `run.py` times: for every op some inputs, its definition, and peers that make the same of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workbench_kernels import (
+    causal_attention,
+    grouped_mm,
+    linear_cross_entropy,
+    mla_decode,
+    moe_mlp,
+    quantize_blockwise,
+    rms_norm,
+    rope,
+    scaled_mm_blockwise,
+    sparse_select,
+)
+from workbench_kernels.causal_attention import flash
+from workbench_kernels.causal_attention import reference as causal_attention_reference
+from workbench_kernels.expert_order import sort_by_expert
+from workbench_kernels.grouped_mm import reference as grouped_mm_reference
+from workbench_kernels.linear_cross_entropy import reference as linear_cross_entropy_reference
+from workbench_kernels.mla_decode import reference as mla_decode_reference
+from workbench_kernels.moe_mlp import reference as moe_mlp_reference
+from workbench_kernels.quantize_blockwise import BLOCKS, WIDTH, dequantize
+from workbench_kernels.quantize_blockwise import reference as quantize_blockwise_reference
+from workbench_kernels.rms_norm import reference as rms_norm_reference
+from workbench_kernels.rope import reference as rope_reference
+from workbench_kernels.scaled_mm_blockwise import reference as scaled_mm_blockwise_reference
+from workbench_kernels.sparse_select import SparseSelection
+from workbench_kernels.sparse_select import reference as sparse_select_reference
+
+Op = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one set of inputs; `reference` is the definition, `peers` are timed beside `ours`."""
+
+    op: str
+    shape: str
+    inputs: tuple[Tensor, ...]
+    ours: Op
+    reference: Op
+    peers: dict[str, Op]
+    ceiling: str  # "matmul" or "copy"
+    forward_work: float  # floating-point operations, or bytes that must move
+    backward_work: float | None  # None: no gradient, so no backward is checked or timed
+
+
+def torch_grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=offs)
+
+
+def composed_moe_mlp(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The layer in torch's own ops, as a model would write it."""
+    order = sort_by_expert(indices, w13.shape[0])
+    gate, up = torch_grouped_mm(x[order.pair_M // indices.shape[1]], w13, order.offs_E).chunk(2, dim=1)
+    y = torch_grouped_mm(F.silu(gate) * up, w2, order.offs_E)
+    return (y[order.row_NA] * weights[..., None]).sum(dim=1)
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, EPS)
+
+
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def torch_linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(input, linear_weight).float(), target)
+
+
+EPS = 1e-6
+
+
+def grouped_mm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small = ((4096, 256, 128, 16), (4096, 256, 256, 16), (2048, 256, 192, 32))
+    large = ((65_536, 2048, 1536, 128), (65_536, 768, 2048, 128), (32_768, 7168, 2048, 16))
+    for m, k, n, experts in small if device == "cpu" else large:
+        counts = torch.randint(experts, (m,)).bincount(minlength=experts)
+        inputs = (
+            torch.randn(m, k).to(device, dtype),
+            torch.randn(experts, n, k).div(k**0.5).to(device, dtype),
+            counts.cumsum(0, dtype=torch.int32).to(device),
+        )
+        work = 2.0 * m * k * n
+        yield Case(
+            *("grouped_mm", f"M={m} K={k} N={n} E={experts}", inputs, grouped_mm, grouped_mm_reference),
+            *({"loop": grouped_mm_reference, "F.grouped_mm": torch_grouped_mm}, "matmul", work, 2 * work),
+        )
+
+
+def moe_mlp_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small = ((1024, 4, 256, 192, 16), (2048, 2, 256, 128, 16), (2048, 2, 256, 192, 32))
+    large = ((8192, 8, 2048, 768, 128), (4096, 8, 2048, 1408, 64), (64, 8, 2048, 768, 128))
+    for tokens, active, width, hidden, experts in small if device == "cpu" else large:
+        inputs = (
+            torch.randn(tokens, width).to(device, dtype),
+            torch.randn(experts, 2 * hidden, width).div(width**0.5).to(device, dtype),
+            torch.randn(experts, width, hidden).div(hidden**0.5).to(device, dtype),
+            torch.rand(tokens, experts).topk(active).indices.to(device),
+            torch.rand(tokens, active).to(device, dtype),
+        )
+        work = 6.0 * tokens * active * width * hidden
+        yield Case(
+            *("moe_mlp", f"N={tokens} A={active} K={width} F={hidden} E={experts}", inputs, moe_mlp, moe_mlp_reference),
+            *({"loop": moe_mlp_reference, "F.grouped_mm": composed_moe_mlp}, "matmul", work, 2 * work),
+        )
+
+
+def rms_norm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small, large = ((2048, 256), (4096, 512)), ((16_384, 2048), (16_384, 7168))
+    for rows, width in small if device == "cpu" else large:
+        inputs = (torch.randn(rows, width).to(device, dtype), torch.rand(width).to(device, dtype))
+        moved = rows * width * dtype.itemsize
+        yield Case(
+            *("rms_norm", f"M={rows} D={width}", inputs, lambda x, weight: rms_norm(x, weight, EPS)),
+            lambda x, weight: rms_norm_reference(x, weight, EPS),
+            {"definition": lambda x, weight: rms_norm_reference(x, weight, EPS), "F.rms_norm": torch_rms_norm},
+            *("copy", 2.0 * moved, 3.0 * moved),
+        )
+
+
+def rope_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small, large = ((8, 256, 8, 16), (1, 1024, 16, 64)), ((4, 4096, 128, 64), (4, 4096, 16, 128))
+    for sequences, length, heads, width in small if device == "cpu" else large:
+        angles = torch.randn(length, width // 2, device=device)
+        cos, sin = angles.cos(), angles.sin()
+        wide_cos, wide_sin = (torch.cat((part, part), dim=-1).unsqueeze(1).to(dtype) for part in (cos, sin))
+        x = torch.randn(sequences, length, heads, width).to(device, dtype)
+        moved = x.numel() * dtype.itemsize
+        for interleaved in (True, False):
+            definition = partial(rope_reference, cos=cos, sin=sin, interleaved=interleaved)
+            peers: dict[str, Op] = {"definition": definition}
+            if not interleaved:
+                peers["as models write it"] = lambda x, c=wide_cos, s=wide_sin: x * c + turned_half(x) * s
+            layout = "neighbours" if interleaved else "halves"
+            yield Case(
+                *("rope", f"B={sequences} T={length} H={heads} R={width} {layout}", (x,)),
+                *(partial(rope, cos=cos, sin=sin, interleaved=interleaved), definition, peers),
+                *("copy", 2.0 * moved, 2.0 * moved),
+            )
+
+
+def turned_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def causal_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    heads, key_width, value_width = 8, 48, 32
+    scale = key_width**-0.5
+    for sequences, length in ((8, 256), (2, 1024)):
+        query, key = torch.randn(2, sequences, length, heads, key_width).to(device, dtype)
+        value = torch.randn(sequences, length, heads, value_width).to(device, dtype)
+        work = 1.0 * sequences * heads * length * (length + 1) * (key_width + value_width)  # what a query may see
+        yield Case(
+            *("causal_attention", f"B={sequences} T={length} H={heads} K={key_width} U={value_width}"),
+            *((query, key, value), lambda q, k, v: causal_attention(q, k, v, scale)),
+            lambda q, k, v: causal_attention_reference(q, k, v, scale),
+            {
+                "definition": lambda q, k, v: causal_attention_reference(q, k, v, scale),
+                "F.scaled_dot_product_attention": lambda q, k, v: torch_attention(q, k, v, scale),
+                "F.scaled_dot_product_attention, values padded": lambda q, k, v: flash(q, k, v, scale),
+            },
+            *("matmul", work, 2 * work),
+        )
+
+
+def composed_sparse_select(query: Tensor, key: Tensor, weight: Tensor, index_topk: int) -> Tensor:
+    """As a model would write it: torch's `topk`, which leaves open which of equals it takes."""
+    scores = torch.einsum("bthk,bsk->bths", query.to(weight.dtype), key.to(weight.dtype)).relu_()
+    scores = torch.einsum("bths,bth->bts", scores, weight)
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=key.device).triu(1 + key.shape[1] - query.shape[1])
+    scores.detach().masked_fill(hidden, -torch.inf).topk(index_topk, dim=-1)
+    return scores
+
+
+def sparse_select_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small = ((8, 256, 4, 32, 64), (2, 1024, 8, 64, 256))
+    large = ((1, 4096, 64, 128, 2048), (4, 2048, 64, 128, 2048))
+    for sequences, length, heads, width, count in small if device == "cpu" else large:
+        inputs = (
+            torch.randn(sequences, length, heads, width).to(device, dtype),
+            torch.randn(sequences, length, width).to(device, dtype),
+            torch.randn(sequences, length, heads, device=device) * (heads * width) ** -0.5,
+        )
+        work = 2.0 * sequences * heads * length**2 * width
+        definition = partial(scores_of, sparse_select_reference, index_topk=count)
+        yield Case(
+            *("sparse_select", f"B={sequences} T={length} H={heads} K={width} Y={count}", inputs),
+            *(partial(scores_of, sparse_select, index_topk=count), definition),
+            {"definition": definition, "torch.topk": partial(composed_sparse_select, index_topk=count)},
+            *("matmul", work, 2 * work),
+        )
+
+
+def scores_of(op: Callable[..., SparseSelection], *inputs: Tensor, index_topk: int) -> Tensor:
+    """What can be compared and has gradients; the choice is made, too."""
+    return op(*inputs, index_topk=index_topk).scores
+
+
+def linear_cross_entropy_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small, large = ((2048, 256, 8192), (1024, 512, 16_384)), ((8192, 2048, 32_768), (4096, 4096, 131_072))
+    peers: dict[str, Op] = {"F.cross_entropy": torch_linear_cross_entropy}
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        peers["F.linear_cross_entropy, in chunks"] = partial(F.linear_cross_entropy, options=options)
+    for tokens, width, vocabulary in small if device == "cpu" else large:
+        inputs = (
+            torch.randn(tokens, width).to(device, dtype),
+            torch.randn(vocabulary, width).div(width**0.5).to(device, dtype),
+            torch.randint(vocabulary, (tokens,)).to(device),
+        )
+        work = 2.0 * tokens * width * vocabulary  # making the logits again for backward is not counted
+        yield Case(
+            *("linear_cross_entropy", f"N={tokens} K={width} V={vocabulary}", inputs),
+            *(linear_cross_entropy, linear_cross_entropy_reference, peers, "matmul", work, 2 * work),
+        )
+
+
+def quantize_blockwise_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Their values, each of which the check wants to be that of the definition."""
+    small, large = ((2048, 256), (2048, 2048)), ((16_384, 2048), (16_384, 7168))
+    for rows, width in small if device == "cpu" else large:
+        for block in BLOCKS:
+            definition = partial(quantized_by_definition, block_rows=block[0])
+            yield Case(
+                *("quantize_blockwise", f"M={rows} K={width}, blocks of {block[0]} x {block[1]}"),
+                (torch.randn(rows, width).to(device, dtype),),
+                lambda x, block=block: quantize_blockwise(x, block=block).values,
+                *(definition, {"definition": definition}, "copy", rows * width * (dtype.itemsize + 1.0), None),
+            )
+
+
+def quantized_by_definition(x: Tensor, block_rows: int) -> Tensor:
+    return quantize_blockwise_reference(x, block_rows, power_of_two=False)[0]
+
+
+def scaled_mm_blockwise_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """Results in `dtype`. No `F.scaled_mm` on a CPU: it refuses blocks there, and with one scale takes minutes."""
+    small, large = ((64, 512, 512), (512, 1024, 1024)), ((64, 2112, 7168), (4096, 2112, 7168), (4096, 7168, 2048))
+    for m, n, k in small if device == "cpu" else large:
+        a, scale_a = quantize_blockwise(torch.randn(m, k).to(device))
+        b, scale_b = quantize_blockwise(torch.randn(n, k).div(k**0.5).to(device), block=(WIDTH, WIDTH))
+        wide_a, wide_b = dequantize(a, scale_a).to(dtype), dequantize(b, scale_b, block_rows=WIDTH).to(dtype)
+
+        def definition(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+            out_dtype = torch.float64 if scale_a.dtype == torch.float64 else dtype
+            return scaled_mm_blockwise_reference(a, b, scale_a, scale_b, out_dtype)
+
+        peers: dict[str, Op] = {
+            "definition": definition,
+            "@, dequantized before": lambda *_, wide_a=wide_a, wide_b=wide_b: wide_a @ wide_b.T,
+        }
+        if device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() == (9, 0):
+            # It takes each column of scale_a in one piece; made here once, as a quantizing kernel would write it.
+            columns = scale_a.T.contiguous().T
+            peers["F.scaled_mm"] = lambda a, b, _, scale_b, columns=columns: torch_scaled_mm(a, b, columns, scale_b)
+        yield Case(
+            *("scaled_mm_blockwise", f"M={m} N={n} K={k} to {dtype}".replace("torch.", ""), (a, b, scale_a, scale_b)),
+            *(partial(scaled_mm_blockwise, out_dtype=dtype), definition, peers, "matmul", 2.0 * m * n * k, None),
+        )
+
+
+def torch_scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    recipes = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    return F.scaled_mm(a, b.T, scale_a, recipes[0], scale_b.T, recipes[1], output_dtype=torch.bfloat16)
+
+
+def two_products(q_nope: Tensor, q_rope: Tensor, kv_cache: Tensor, scale: float) -> Tensor:
+    """The absorbed form as a model writes it, whose sequences are all as long as the cache."""
+    query = torch.cat((q_nope, q_rope), dim=-1).flatten(1, 2)
+    weights = torch.softmax(torch.bmm(query, kv_cache.mT) * scale, dim=-1, dtype=torch.float32)
+    return torch.bmm(weights.to(query.dtype), kv_cache[..., : q_nope.shape[-1]]).view(q_nope.shape)
+
+
+def padded_attention(q_nope: Tensor, q_rope: Tensor, kv_cache: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """Torch's own over the whole cache, the unused part of which is hidden (and must hold no NaN)."""
+    query = torch.cat((q_nope, q_rope), dim=-1).flatten(1, 2).unsqueeze(1)
+    hidden = torch.arange(kv_cache.shape[1], device=query.device) >= lengths[:, None, None, None]
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+    key = kv_cache.unsqueeze(1)
+    mixed = F.scaled_dot_product_attention(query, key, key, attn_mask=mask, scale=scale)
+    return mixed[..., : q_nope.shape[-1]].reshape(q_nope.shape)
+
+
+def mla_decode_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small = ((8, 16, 512, 64, 1024, True), (4, 128, 512, 64, 1024, True), (8, 16, 512, 64, 1024, False))
+    small += ((32, 8, 64, 16, 256, True), (32, 8, 64, 16, 256, False))
+    large = ((64, 16, 512, 64, 4096, True), (64, 128, 512, 64, 4096, True), (64, 16, 512, 64, 4096, False))
+    for sequences, heads, latent, rotary, length, full in small if device == "cpu" else large:
+        queries = torch.randn(sequences, 1, heads, latent + rotary).to(device, dtype).split((latent, rotary), dim=-1)
+        kv_cache = torch.randn(sequences, length, latent + rotary).to(device, dtype)
+        counts = torch.full((sequences,), length) if full else torch.linspace(length / 4, length, sequences)
+        lengths = counts.to(device, torch.int32)
+        scale = (latent + rotary) ** -0.5
+        options = {"cache_seqlens": lengths, "softmax_scale": scale}
+
+        def ours(*inputs: Tensor, options: dict = options) -> Tensor:
+            return mla_decode(*inputs, **options).out
+
+        def definition(*inputs: Tensor, options: dict = options) -> Tensor:
+            return mla_decode_reference(*inputs, **options).out
+
+        peers: dict[str, Op] = {
+            "definition": definition,
+            "F.scaled_dot_product_attention": partial(padded_attention, lengths=lengths, scale=scale),
+        }
+        if full:
+            peers["two products"] = partial(two_products, scale=scale)
+        few, kept = device != "cpu" and heads < 64, float(counts.sum())
+        work = kept * (latent + rotary) * dtype.itemsize if few else 2 * kept * heads * (2 * latent + rotary)
+        filled = "full" if full else "from a quarter to full"
+        yield Case(
+            *("mla_decode", f"B={sequences} T=1 H={heads} C={latent} R={rotary} S={length} {filled}"),
+            *((*queries, kv_cache), ours, definition, peers, "copy" if few else "matmul", work, None),
+        )
+
+
+CASES = {
+    "causal_attention": causal_attention_cases,
+    "grouped_mm": grouped_mm_cases,
+    "linear_cross_entropy": linear_cross_entropy_cases,
+    "mla_decode": mla_decode_cases,
+    "moe_mlp": moe_mlp_cases,
+    "quantize_blockwise": quantize_blockwise_cases,
+    "rms_norm": rms_norm_cases,
+    "rope": rope_cases,
+    "scaled_mm_blockwise": scaled_mm_blockwise_cases,
+    "sparse_select": sparse_select_cases,
+}
+
+
+PRODUCTS = ("grouped_mm", "linear_cross_entropy", "moe_mlp", "sparse_select")
