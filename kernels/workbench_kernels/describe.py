@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from workbench_kernels.causal_attention import causal_attention
 from workbench_kernels.grouped_mm import grouped_mm
+from workbench_kernels.mla_attention import mla_attention
 from workbench_kernels.moe_mlp import moe_mlp
 from workbench_kernels.rms_norm import rms_norm
 from workbench_kernels.rope import rope
 from workbench_kernels.tier import FUSED_OPS
 
-OPS = (rms_norm, rope, grouped_mm, moe_mlp, causal_attention)
+OPS = (rms_norm, rope, grouped_mm, moe_mlp, causal_attention, mla_attention)
 
 
 class OpDescription(NamedTuple):

@@ -9,7 +9,7 @@ from torch._C import _is_tracing, _len_torch_dispatch_stack
 
 Tier = Literal["reference", "torch", "fused"]
 
-FUSED_OPS = frozenset({"rms_norm", "rope"})  # ops with a Triton twin in fused/
+FUSED_OPS = frozenset({"mla_attention", "rms_norm", "rope"})  # ops with a Triton twin in fused/
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
