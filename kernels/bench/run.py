@@ -181,17 +181,17 @@ def mla_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         packed = tuple(x.flatten(0, 1).unsqueeze(0) for x in inputs)
         ends = torch.arange(0, sequences * length + 1, length, dtype=torch.int32, device=device)
         window = length // 8
-        for kind, tensors, options in (
-            ("", inputs, {}),
-            (" packed", packed, {"cu_seqlens": ends}),
-            (f" window={window}", inputs, {"window": window}),
+        for kind, tensors, options, most in (
+            ("", inputs, {}, length),
+            (" packed", packed, {"cu_seqlens": ends}, length),
+            (f" window={window}", inputs, {"window": window}, window),
         ):
             definition = partial(mla_attention_reference, softmax_scale=scale, **options)
             peers: dict[str, Op] = {"definition": definition}
             if not options:
                 peers["F.scaled_dot_product_attention, joined"] = partial(joined_attention, scale=scale)
             # What a query may see.
-            pairs = sequences * sum(min(position + 1, options.get("window", length)) for position in range(length))
+            pairs = sequences * sum(min(position + 1, most) for position in range(length))
             yield Case(
                 "mla_attention",
                 f"B={sequences} T={length} H={heads} K={key_width} R={rope_width} U={value_width}{kind}",

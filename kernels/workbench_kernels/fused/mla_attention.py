@@ -32,7 +32,7 @@ WIDTHS = ((32, 16, 32), (64, 32, 64), (128, 64, 128), MAX_WIDTHS)
 _FLOAT32 = (((32, 16),) * 3, ((16, 32),) * 3, ((16, 16),) * 3)
 TILES = {
     ("sm_80", 2): (
-        ((128, 64), (128, 64), (128, 64)),
+        ((128, 64), (128, 32), (128, 64)),
         ((128, 64), (128, 32), (128, 32)),
         ((128, 64), (32, 64), (32, 64)),
         ((64, 32), (32, 32), (32, 32)),
@@ -41,13 +41,13 @@ TILES = {
         ((128, 64), (128, 64), (128, 64)),
         ((128, 64), (128, 64), (128, 64)),
         ((128, 64), (128, 32), (128, 64)),
-        ((128, 32), (64, 16), (128, 32)),
+        ((128, 32), (32, 32), (128, 32)),
     ),
     ("sm_100", 2): (
+        ((128, 128), (128, 64), (128, 64)),
         ((128, 64), (128, 64), (128, 64)),
-        ((128, 64), (128, 64), (128, 64)),
-        ((128, 64), (128, 32), (128, 64)),
-        ((128, 32), (64, 32), (64, 32)),
+        ((128, 64), (64, 64), (128, 64)),
+        ((64, 64), (64, 32), (64, 32)),
     ),
     ("gfx942", 2): (((128, 32), (64, 32), (64, 32)),) * 3 + (((64, 32), (64, 16), (64, 32)),),
     ("sm_80", 4): _FLOAT32,
@@ -92,7 +92,7 @@ class Operands(NamedTuple):
 
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q_nope, q_rope, k_nope, k_rope, value
     oldest: Tensor  # [S] int32, the first key that a query at this position sees
-    stop: Tensor  # [S] int32, the first position beyond whose queries see the key at this one
+    stop: Tensor  # [S] int32, the end of the positions whose queries see the key at this one
     length: Tensor  # [1] int32, positions that a document owns
     constants: dict[str, int | str]
     launches: Launches
@@ -315,7 +315,7 @@ def cases(kind: str) -> list[Case]:
                         constants,
                         launch.num_warps,
                         launch.num_stages,
-                        "narrow" if kind == "fp32" else "wide",
+                        "narrow" if kind == "fp32" or launch.rows < 64 else "wide",
                         tuple(architectures),
                     )
                 )
