@@ -14,6 +14,7 @@ from workbench_kernels import (
     causal_attention,
     grouped_mm,
     linear_cross_entropy,
+    mla_attention,
     mla_decode,
     moe_mlp,
     quantize_blockwise,
@@ -27,6 +28,8 @@ from workbench_kernels.causal_attention import reference as causal_attention_ref
 from workbench_kernels.expert_order import sort_by_expert
 from workbench_kernels.grouped_mm import reference as grouped_mm_reference
 from workbench_kernels.linear_cross_entropy import reference as linear_cross_entropy_reference
+from workbench_kernels.mla_attention import join_by_head
+from workbench_kernels.mla_attention import reference as mla_attention_reference
 from workbench_kernels.mla_decode import reference as mla_decode_reference
 from workbench_kernels.moe_mlp import reference as moe_mlp_reference
 from workbench_kernels.quantize_blockwise import BLOCKS, WIDTH, dequantize
@@ -328,10 +331,48 @@ def mla_decode_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         )
 
 
+def mla_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    small, large = (8, (32, 16, 32), ((8, 256), (2, 1024))), (16, (128, 64, 128), ((4, 4096),))
+    heads, (key_width, rope_width, value_width), lengths = small if device == "cpu" else large
+    scale, width = (key_width + rope_width) ** -0.5, key_width + rope_width + value_width
+    for sequences, length in lengths:
+        shapes = ((heads, key_width), (heads, rope_width), (heads, key_width), (rope_width,), (heads, value_width))
+        inputs = tuple(torch.randn(sequences, length, *shape).to(device, dtype) for shape in shapes)
+        packed = tuple(x.flatten(0, 1).unsqueeze(0) for x in inputs)
+        ends = torch.arange(0, sequences * length + 1, length, dtype=torch.int32, device=device)
+        window = length // 8
+        for kind, tensors, options, most in (
+            ("", inputs, {}, length),
+            (" packed", packed, {"cu_seqlens": ends}, length),
+            (f" window={window}", inputs, {"window": window}, window),
+        ):
+            definition = partial(mla_attention_reference, softmax_scale=scale, **options)
+            peers: dict[str, Op] = {"definition": definition}
+            if not options:
+                peers["F.scaled_dot_product_attention, joined"] = partial(joined_attention, scale=scale)
+            # What a query may see.
+            pairs = sequences * sum(min(position + 1, most) for position in range(length))
+            yield Case(
+                "mla_attention",
+                f"B={sequences} T={length} H={heads} K={key_width} R={rope_width} U={value_width}{kind}",
+                *(tensors, partial(mla_attention, softmax_scale=scale, **options), definition, peers),
+                *("matmul", 2.0 * pairs * heads * width, 4.0 * pairs * heads * width),
+            )
+
+
+def joined_attention(
+    q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """As models write it: the shared key given to every head, both parts in one product."""
+    shared = k_rope.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)
+    return flash(join_by_head(q_nope, q_rope), join_by_head(k_nope, shared), value, scale)
+
+
 CASES = {
     "causal_attention": causal_attention_cases,
     "grouped_mm": grouped_mm_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
+    "mla_attention": mla_attention_cases,
     "mla_decode": mla_decode_cases,
     "moe_mlp": moe_mlp_cases,
     "quantize_blockwise": quantize_blockwise_cases,
@@ -342,4 +383,4 @@ CASES = {
 }
 
 
-PRODUCTS = ("grouped_mm", "linear_cross_entropy", "moe_mlp", "sparse_select")
+PRODUCTS = ("grouped_mm", "linear_cross_entropy", "mla_attention", "moe_mlp", "sparse_select")

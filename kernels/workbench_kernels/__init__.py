@@ -6,6 +6,7 @@ from workbench_kernels.gated import SWIGLU as SWIGLU
 from workbench_kernels.gated import GatedActivation as GatedActivation
 from workbench_kernels.grouped_mm import grouped_mm as grouped_mm
 from workbench_kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from workbench_kernels.mla_attention import mla_attention as mla_attention
 from workbench_kernels.mla_decode import Float8Cache as Float8Cache
 from workbench_kernels.mla_decode import mla_decode as mla_decode
 from workbench_kernels.moe_mlp import moe_mlp as moe_mlp

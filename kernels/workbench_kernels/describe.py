@@ -7,6 +7,7 @@ from typing import NamedTuple
 from workbench_kernels.causal_attention import causal_attention
 from workbench_kernels.grouped_mm import grouped_mm
 from workbench_kernels.linear_cross_entropy import linear_cross_entropy
+from workbench_kernels.mla_attention import mla_attention
 from workbench_kernels.mla_decode import mla_decode
 from workbench_kernels.moe_mlp import moe_mlp
 from workbench_kernels.moe_route import moe_route
@@ -24,6 +25,7 @@ OPS = (
     grouped_mm,
     moe_mlp,
     causal_attention,
+    mla_attention,
     mla_decode,
     linear_cross_entropy,
     quantize_blockwise,

@@ -16,6 +16,7 @@ FUSED_OPS = frozenset(
     {
         "grouped_mm",
         "linear_cross_entropy",
+        "mla_attention",
         "mla_decode",
         "moe_mlp",
         "moe_route",

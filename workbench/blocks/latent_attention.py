@@ -13,7 +13,8 @@ from workbench.blocks.cache import LatentCache
 from workbench.blocks.float8_latent_cache import Float8LatentCache
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation
-from workbench_kernels.causal_attention import causal_attention, visible
+from workbench_kernels.causal_attention import visible
+from workbench_kernels.mla_attention import join_by_head, mla_attention
 
 
 class LatentQuery(NamedTuple):
@@ -115,23 +116,26 @@ def naive_attention(
 
     Of the X rows of `up` per head, the first K make keys and the other U values.
     """
-    key_BSHK, value_BSHU = decompress(latent, key_rope, up, key_width=query.nope.shape[-1])
-    return causal_attention(join_by_head(query.nope, query.rope), key_BSHK, value_BSHU, scale)
+    key_nope_BSHK, value_BSHU = _by_content(latent, up, key_width=query.nope.shape[-1])
+    return mla_attention(query.nope, query.rope, key_nope_BSHK, key_rope, value_BSHU, scale)
 
 
 def decompress(
     latent: Float[Tensor, "B S C"], key_rope: Float[Tensor, "B S R"], up: Float[Tensor, "H X C"], *, key_width: int
 ) -> tuple[Float[Tensor, "B S H K"], Float[Tensor, "B S H U"]]:
     """Every head's keys, content and position side by side, and its values; `key_width` is that of the content."""
-    key_value_BSHX = (latent @ up.flatten(0, 1).mT).unflatten(-1, up.shape[:2])
-    key_nope_BSHK, value_BSHU = key_value_BSHX.split((key_width, up.shape[1] - key_width), dim=-1)
+    key_nope_BSHK, value_BSHU = _by_content(latent, up, key_width=key_width)
     shared_BSHR = key_rope.unsqueeze(2).expand(-1, -1, up.shape[0], -1)
     return join_by_head(key_nope_BSHK, shared_BSHR), value_BSHU
 
 
-def join_by_head(nope: Float[Tensor, "B S H K"], rope: Float[Tensor, "B S H R"]) -> Float[Tensor, "B S H _"]:
-    """Content and position part side by side, laid out head by head as attention reads them: one copy, not two."""
-    return torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), dim=-1).transpose(1, 2)
+def _by_content(
+    latent: Float[Tensor, "B S C"], up: Float[Tensor, "H X C"], *, key_width: int
+) -> tuple[Float[Tensor, "B S H K"], Float[Tensor, "B S H U"]]:
+    """The part of every head's keys that the latent makes, and its values."""
+    key_value_BSHX = (latent @ up.flatten(0, 1).mT).unflatten(-1, up.shape[:2])
+    key_nope_BSHK, value_BSHU = key_value_BSHX.split((key_width, up.shape[1] - key_width), dim=-1)
+    return key_nope_BSHK, value_BSHU
 
 
 def absorbed_attention(

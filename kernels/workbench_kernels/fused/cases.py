@@ -3,6 +3,7 @@
 from workbench_kernels.fused import (
     grouped_mm,
     linear_cross_entropy,
+    mla_attention,
     mla_decode,
     moe_mlp,
     moe_route,
@@ -17,6 +18,7 @@ from workbench_kernels.fused.ahead_of_time import Case
 CASES_OF = {
     "grouped_mm": grouped_mm.cases,
     "linear_cross_entropy": linear_cross_entropy.cases,
+    "mla_attention": mla_attention.cases,
     "mla_decode": mla_decode.cases,
     "moe_mlp": moe_mlp.cases,
     "moe_route": moe_route.cases,
