@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from workbench_kernels import rms_norm
+from workbench_kernels import causal_attention, mla_attention, rms_norm
 from workbench_kernels.tier import resolve, unwatched, using
 
 
@@ -55,6 +56,20 @@ def test_a_run_chooses_for_all_ops_that_are_left_to_auto() -> None:
     with pytest.raises(ValueError, match="impl='fast'"), using("fast"):
         pass
     assert resolve("rms_norm", "auto", CPU, torch.float32) == "torch"
+
+
+def test_attention_too_is_its_definition_where_a_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU "auto" is no Triton twin for all of it, and yet not the definition: only who asks for that gets it."""
+    q, rope = torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 4)
+    attentions = (
+        (causal_attention, lambda: causal_attention(q, q, q, 0.5)),
+        (mla_attention, lambda: mla_attention(q, rope, q, rope[:, :, 0], q, 0.5)),
+    )
+    for op, attention in attentions:
+        monkeypatch.setattr(sys.modules[op.__module__], "reference", lambda *_, **__: torch.ones(1))
+        with using("reference"):
+            assert attention().numel() == 1
+        assert attention().shape == q.shape
 
 
 def test_other_threads_are_left_alone() -> None:

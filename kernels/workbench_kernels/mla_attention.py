@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench_kernels.causal_attention import causal_attention, visible
-from workbench_kernels.tier import resolve, unwatched
+from workbench_kernels.tier import asked, resolve, unwatched
 
 # Of K, R and U: the twin keeps tiles of whole heads, and float32 takes more room than twice that of 16 bits.
 MAX_WIDTHS, MAX_WIDTHS_FLOAT32 = (256, 64, 256), (128, 64, 128)
@@ -72,7 +72,7 @@ def mla_attention(
     _check_options(q_nope, k_nope, cu_seqlens, window, sinks)
     fits = fits_twin(q_nope.shape[3], q_rope.shape[3], value.shape[3], value.dtype)
     tier = resolve("mla_attention", impl, q_nope.device, q_nope.dtype, fits=fits)
-    if impl == "reference" or q_nope.numel() == 0:
+    if asked(impl) == "reference" or q_nope.numel() == 0:
         return reference(
             q_nope, q_rope, k_nope, k_rope, value, softmax_scale, cu_seqlens=cu_seqlens, window=window, sinks=sinks
         )

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from workbench_kernels.quantize_blockwise import WIDTH, dequantize
 from workbench_kernels.tier import resolve, unwatched
 
-SCALED = 128  # numbers of a float8 latent that share a scale
 MAX_LATENT = 512  # the twin keeps the mixed latents of its rows in registers
 MAX_ODD_LATENT = 64
 MAX_ROPE = 64
@@ -160,8 +160,7 @@ def tokens(
         return gathered(kv_cache)
     latent, scale, rope = (gathered(part) for part in kv_cache)
     wide = torch.promote_types(dtype, torch.float32)
-    scale = scale.to(wide).repeat_interleave(SCALED, dim=-1)[..., : latent.shape[-1]]
-    return torch.cat(((latent.to(wide) * scale).to(dtype), rope.to(dtype)), dim=-1)
+    return torch.cat((dequantize(latent, scale, dtype=wide).to(dtype), rope.to(dtype)), dim=-1)
 
 
 def forward(
@@ -262,7 +261,7 @@ def _check_cache(q_nope: Tensor, q_rope: Tensor, kv_cache: Tensor) -> None:
 
 
 def _check_float8(q_nope: Tensor, q_rope: Tensor, latent: Tensor, scale: Tensor, rope: Tensor) -> None:
-    widths = {"latent": q_nope.shape[-1], "scale": -(-q_nope.shape[-1] // SCALED), "rope": q_rope.shape[-1]}
+    widths = {"latent": q_nope.shape[-1], "scale": -(-q_nope.shape[-1] // WIDTH), "rope": q_rope.shape[-1]}
     for (name, width), part in zip(widths.items(), (latent, scale, rope), strict=True):
         if part.ndim != 3 or part.shape[:2] != latent.shape[:2] or part.shape[2] != width:
             raise ValueError(

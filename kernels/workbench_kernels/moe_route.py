@@ -145,8 +145,8 @@ def mask_groups(biased_NE: Tensor, n_group: int, topk_group: int, judged_by: int
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest of each row, largest first; of equals the lowest index, on every device."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    """Indices of the `count` largest of the last axis, largest first; of equals the lowest, on every device."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def _check(logits: Tensor, num_experts_per_tok: int, bias: Tensor | None, n_group: int, topk_group: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench_kernels.causal_attention import visible
+from workbench_kernels.moe_route import best
 from workbench_kernels.tier import resolve, unwatched
 
 MAX_WIDTH = 128  # the twin keeps a head's numbers in one tile
@@ -83,7 +84,7 @@ def select(scores: Tensor, seen: Tensor, *, index_topk: int) -> Tensor:
     """[B, T, Y], the keys that score highest of those that are `seen`, [T, S], by each query; -1 in places left."""
     _check_count(index_topk)
     hidden_as_last_BTS = scores.masked_fill(~seen, -torch.inf)
-    keys_BTY = hidden_as_last_BTS.sort(dim=-1, descending=True, stable=True).indices[..., :index_topk]
+    keys_BTY = best(hidden_as_last_BTS, index_topk)
     places_Y = torch.arange(keys_BTY.shape[-1], device=scores.device)
     return keys_BTY.masked_fill(places_Y >= seen.sum(-1, keepdim=True), -1)
 

@@ -12,6 +12,7 @@ from torch._C import _is_tracing, _len_torch_dispatch_stack
 
 Tier = Literal["reference", "torch", "fused"]
 
+# Ops with a Triton twin in fused/.
 FUSED_OPS = frozenset(
     {
         "grouped_mm",
@@ -26,10 +27,8 @@ FUSED_OPS = frozenset(
         "scaled_mm_blockwise",
         "sparse_select",
     }
-)  # ops with a Triton twin in fused/
+)
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 IMPLS = ("auto", "reference", "fused")
 _in_place_of_auto: ContextVar[str] = ContextVar("_in_place_of_auto", default="auto")
 
@@ -60,9 +59,7 @@ def resolve(op: str, impl: str, device: torch.device, dtype: torch.dtype, *, fit
     Raises:
         ValueError: `impl` is unknown, or the form it names cannot run here. Another form is never taken instead.
     """
-    _require_impl(impl)
-    if impl == "auto":
-        impl = _told()
+    impl = asked(impl)
     if impl == "reference":
         return "reference"
     if impl == "auto" and device.type == "cpu":
@@ -91,6 +88,16 @@ def unwatched(*tensors: Tensor | None) -> bool:
 
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def asked(impl: str) -> str:
+    """What the caller of an op or, where that is "auto", `using` asks for.
+
+    Raises:
+        ValueError: `impl` is unknown.
+    """
+    _require_impl(impl)
+    return _told() if impl == "auto" else impl
 
 
 def _require_impl(impl: str) -> None:

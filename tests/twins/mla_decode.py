@@ -14,7 +14,6 @@ from latent_caches import SCALE, Decoding, assert_decodes, decoding
 from torch import Tensor
 
 from workbench_kernels import Float8Cache, mla_decode
-from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT
 
 LENGTHS = (0, 1, 60, 129)
 fused_decode = partial(mla_decode, impl="fused")
@@ -38,7 +37,7 @@ MUTATIONS = [
     Mutation("mla_decode_merge_kernel", "partial * weight[:, None]", "partial"),
     Mutation("mla_decode_merge_kernel", "part = row * num_splits + split", "part = row * num_splits"),
     Mutation("load_latents", "(first // 128)", "(first // 256)"),
-    Mutation("load_latents", "* 256.0", "* 128.0"),
+    Mutation("load_latents", "decoded(latent)", "decoded(latent & 0x7F)"),
 ]
 
 
@@ -91,7 +90,7 @@ def test_reads_float8_as_bits() -> None:
         query = torch.zeros(4, 1, 1, 64, device=DEVICE)
         arguments = Decoding(query, query[..., :16], cache, None, torch.ones(4, dtype=torch.int32, device=DEVICE))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("workbench_kernels.fused.mla_decode.AS_BITS", tuple(SHARED_LIMIT))
+            patch.setattr("workbench_kernels.fused.mla_decode.MULTIPLIES_E4M3", ())
             found = arguments.by(fused_decode).out[:, 0, 0]
         assert torch.equal(found[is_number], latent[:, 0].float()[is_number])
         assert found[[not x for x in is_number]].isnan().all()

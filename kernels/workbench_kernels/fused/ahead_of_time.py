@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,20 @@ class Usage:
         if wanted is not None and not self.matrix_instructions.get(wanted):
             found.append(f"no {wanted}")
         return found
+
+
+def merged(cases: Iterable[Case]) -> list[Case]:
+    """Of cases that differ in their targets alone, one for all these targets, where the first stood."""
+    found: list[Case] = []
+    for case in cases:
+        for index, other in enumerate(found):
+            if replace(other, architectures=case.architectures) == case:
+                both = dict.fromkeys((*other.architectures, *case.architectures))
+                found[index] = replace(other, architectures=tuple(both))
+                break
+        else:
+            found.append(case)
+    return found
 
 
 def compile_case(case: Case, architecture: str) -> Usage:

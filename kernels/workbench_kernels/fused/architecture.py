@@ -4,6 +4,8 @@ import torch
 
 from workbench_kernels.fused.interpreter import interpreting
 
+MULTIPLIES_E4M3 = ("sm_90", "sm_100")  # others have no instruction for float8_e4m3fn
+
 
 def architecture_of(device: torch.device) -> str:
     """One of `ahead_of_time.SHARED_LIMIT`: "sm_80", "sm_90", "sm_100" or "gfx942".
@@ -19,6 +21,6 @@ def architecture_of(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100")
 
 
-def precision_of(architecture: str) -> str:
-    """How float32 numbers are multiplied: by the matrix units in three parts, or as they are on AMD."""
-    return "ieee" if architecture.startswith("gfx") else "tf32x3"
+def precision_of(itemsize: int, architecture: str) -> str:
+    """How numbers of so many bytes are multiplied: float32 by NVIDIA's matrix units in three parts, all else as is."""
+    return "tf32x3" if itemsize == 4 and architecture != "gfx942" else "ieee"

@@ -11,16 +11,13 @@ from torch import Tensor
 
 from workbench_kernels.expert_tiles import MAX_EXPERTS, MAX_TILES, most_tiles
 from workbench_kernels.fused.ahead_of_time import Case
+from workbench_kernels.fused.cdiv import cdiv
 
 BLOCK_P = 64  # pairs of one program
 BLOCK_E = 32  # experts counted at a time
 BLOCK_B = 64  # blocks of pairs summed at a time
 NUM_WARPS = 4
 TILE = 4_096  # tiles x experts of one program of the map
-
-
-def cdiv(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
 
 
 def expert_order(indices: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

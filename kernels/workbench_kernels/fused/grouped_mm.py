@@ -14,7 +14,8 @@ from torch import Tensor
 
 from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case
 from workbench_kernels.fused.architecture import architecture_of, precision_of
-from workbench_kernels.fused.expert_tiles import cdiv, tile_map
+from workbench_kernels.fused.cdiv import cdiv
+from workbench_kernels.fused.expert_tiles import tile_map
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.gated import SWIGLU, GatedActivation
@@ -122,8 +123,8 @@ def forward(
     grouped_mm_fwd_kernel[(_programs(x.device, len(tiles) * cdiv(num_columns, block_n)),)](
         x.contiguous(), weight, bias, gather, scatter, row_scale, offs, tiles, out, gate_up, num_rows, len(tiles),
         clamp.limit, clamp.alpha, clamp.offset,
-        num_experts, num_columns, width, gather_div, turned, activation is not None, precision_of(architecture),
-        tile.block_m, block_n, tile.block_k, GROUP_M,
+        num_experts, num_columns, width, gather_div, turned, activation is not None,
+        precision_of(x.itemsize, architecture), tile.block_m, block_n, tile.block_k, GROUP_M,
         num_warps=tile.num_warps,  # pyright: ignore[reportCallIssue]
         num_stages=tile.num_stages,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
@@ -159,7 +160,8 @@ def weight_grad(
         grid = (cdiv(num_columns, tile.block_m) * cdiv(width, tile.block_n), num_experts)
         grouped_mm_bwd_weight_kernel[grid](
             grad.contiguous(), x.contiguous(), grad_gather, x_gather, bias_scale, offs, out, bias, num_rows,
-            num_columns, width, gather_div, precision_of(architecture), tile.block_m, tile.block_n, tile.block_k,
+            num_columns, width, gather_div, precision_of(x.itemsize, architecture),
+            tile.block_m, tile.block_n, tile.block_k,
             num_warps=tile.num_warps,  # pyright: ignore[reportCallIssue]
             num_stages=tile.num_stages,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
@@ -190,6 +192,10 @@ def cases(kind: str) -> list[Case]:
     return found
 
 
+def _precision(kind: str, architecture: str) -> str:
+    return precision_of(4 if kind == "fp32" else 2, architecture)
+
+
 def _matrix(kind: str, tile: Launch) -> Literal["wide", "narrow"] | None:
     if kind == "fp32":
         return None
@@ -205,7 +211,7 @@ def _forward_case(kind: str, architecture: str, tile: Launch, form: str, *, odd:
     optional = {"bias_ptr": f"*{kind}", "gather_ptr": "*i32", "scatter_ptr": "*i32", "scale_ptr": "*fp32"}
     optional |= {"gate_up_ptr": f"*{kind}"}
     constants = {"E": 64, "N": 1024 - odd, "K": 2048 - odd, "GATHER_DIV": 8, "TURNED": turned, "GATED": gated}
-    constants |= {"PRECISION": precision_of(architecture), "GROUP_M": GROUP_M}
+    constants |= {"PRECISION": _precision(kind, architecture), "GROUP_M": GROUP_M}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": block_n, "BLOCK_K": tile.block_k}
     if gated:
         arguments |= optional
@@ -221,7 +227,7 @@ def _forward_case(kind: str, architecture: str, tile: Launch, form: str, *, odd:
 def _weight_case(kind: str, architecture: str, tile: Launch, fused: bool, *, odd: bool = False) -> Case:
     arguments = {"grad_ptr": f"*{kind}", "x_ptr": f"*{kind}", "offs_ptr": "*i32", "out_ptr": f"*{kind}"}
     arguments["num_rows"] = "i32"
-    constants = {"N": 1024 - odd, "K": 2048 - odd, "GATHER_DIV": 8, "PRECISION": precision_of(architecture)}
+    constants = {"N": 1024 - odd, "K": 2048 - odd, "GATHER_DIV": 8, "PRECISION": _precision(kind, architecture)}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     optional = {"grad_gather_ptr": "*i32", "x_gather_ptr": "*i32", "scale_ptr": "*fp32", "bias_ptr": f"*{kind}"}
     if fused:

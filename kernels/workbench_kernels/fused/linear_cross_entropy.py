@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench_kernels.fused.ahead_of_time import Case
+from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.linear_cross_entropy import Terms, chunks, gradients
 
@@ -31,7 +32,7 @@ def launch_for(vocabulary: int) -> Launch:
 
 def stride_for(vocabulary: int) -> int:
     """From the logits of one token to those of the next."""
-    return -(-vocabulary // STRIDE_UNIT) * STRIDE_UNIT
+    return cdiv(vocabulary, STRIDE_UNIT) * STRIDE_UNIT
 
 
 def forward(input: Tensor, linear_weight: Tensor, target: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ def backward(
     launch = launch_for(vocabulary)
     grad_input, total = gradients(input, linear_weight, for_input, for_weight)
     for rows, logits in _logits(input, linear_weight):
-        linear_cross_entropy_bwd_kernel[(len(logits), triton.cdiv(vocabulary, launch.block_v))](
+        linear_cross_entropy_bwd_kernel[(len(logits), cdiv(vocabulary, launch.block_v))](
             logits, target[rows], lse[rows], grad[rows], *terms,
             vocabulary, logits.stride(0), launch.block_v,
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]

@@ -10,6 +10,7 @@ programs, so none depends on their order.
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case
-from workbench_kernels.fused.architecture import architecture_of
+from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, merged
+from workbench_kernels.fused.architecture import architecture_of, precision_of
+from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
 from workbench_kernels.mla_attention import MAX_WIDTHS, fits_twin, most_for
 
@@ -115,7 +117,7 @@ def forward(
     tile = read.launches.forward
     out = value.new_empty(num_sequences, num_queries, num_heads, read.tensors[-1].shape[3])
     lse = value.new_empty(num_sequences, num_heads, num_queries, dtype=torch.float32)
-    mla_attention_fwd_kernel[(num_sequences * num_heads * -(-num_queries // tile.rows),)](
+    mla_attention_fwd_kernel[(num_sequences * num_heads * cdiv(num_queries, tile.rows),)](
         *read.tensors, _base_2(sinks, num_heads, value.device), read.oldest, read.length, out, lse,
         num_queries, num_keys, softmax_scale * LOG2_E, BLOCK_T=tile.rows, BLOCK_S=tile.block, **read.constants,
         num_warps=tile.num_warps, num_stages=tile.num_stages,  # pyright: ignore[reportCallIssue]
@@ -150,18 +152,18 @@ def backward(
     delta, num_rows = torch.empty_like(lse), lse.numel()
     sizes = softmax_scale, num_queries, num_keys, softmax_scale * LOG2_E
     rows = PREPROCESS_TILE // value_width
-    mla_attention_bwd_preprocess_kernel[(-(-num_rows // rows),)](
+    mla_attention_bwd_preprocess_kernel[(cdiv(num_rows, rows),)](
         grad, out, delta, num_queries, num_rows, num_heads, rows, value_width,
         num_warps=4,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     tile = read.launches.query
-    mla_attention_bwd_query_kernel[(num_sequences * num_heads * -(-num_queries // tile.rows),)](
+    mla_attention_bwd_query_kernel[(num_sequences * num_heads * cdiv(num_queries, tile.rows),)](
         grad, *read.tensors, read.oldest, read.length, lse, delta, grad_q_nope, grad_q_rope, *sizes,
         BLOCK_T=tile.rows, BLOCK_S=tile.block, **read.constants,
         num_warps=tile.num_warps, num_stages=tile.num_stages,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     tile = read.launches.key_value
-    mla_attention_bwd_key_value_kernel[(num_sequences * num_heads * -(-num_keys // tile.rows),)](
+    mla_attention_bwd_key_value_kernel[(num_sequences * num_heads * cdiv(num_keys, tile.rows),)](
         grad, *read.tensors, read.oldest, read.stop, read.length, lse, delta,
         grad_k_nope, grad_k_rope, grad_value, *sizes,
         BLOCK_S=tile.rows, BLOCK_T=tile.block, **read.constants,
@@ -212,7 +214,7 @@ def _operands(
     return Operands(
         tensors,
         *_bounds(cu_seqlens, window, k_nope.shape[1], value.device),
-        constants_for(precision_for(architecture), q_nope.shape[2], widths, steps),
+        constants_for(precision_of(value.itemsize, architecture), q_nope.shape[2], widths, steps),
         # The interpreter pays by the tile, and has room for large ones in every type.
         launches_for(widths, architecture, 2 if interpreting() else value.dtype.itemsize),
     )
@@ -226,11 +228,6 @@ def constants_for(
     for name, (of_position, of_head) in zip(("Q_NOPE", "Q_ROPE", "K_NOPE", "K_ROPE", "VALUE"), steps, strict=True):
         found |= {f"{name}_T": of_position} | ({} if name == "K_ROPE" else {f"{name}_H": of_head})
     return found | {"PRECISION": precision} | dict(zip(("BLOCK_K", "BLOCK_R", "BLOCK_U"), widths, strict=True))
-
-
-def precision_for(architecture: str) -> str:
-    """How float32 is multiplied: as nearly that as the matrix units can."""
-    return "ieee" if architecture == "gfx942" else "tf32x3"
 
 
 def _laid_out(x: Tensor, width: int) -> Tensor:
@@ -299,27 +296,24 @@ def cases(kind: str) -> list[Case]:
         steps = [(HEADS * width, width) for width in (key_width, rope_width, key_width, rope_width, value_width)]
         steps[3] = (rope_width, rope_width)
         kernels = mla_attention_fwd_kernel, mla_attention_bwd_key_value_kernel, mla_attention_bwd_query_kernel
-        for index, kernel in enumerate(kernels):
-            chosen_by: dict[tuple[Launch, str], list[str]] = {}
-            for architecture in SHARED_LIMIT:
-                launch = launches_for(widths, architecture, element_bytes)[index]
-                chosen_by.setdefault((launch, precision_for(architecture)), []).append(architecture)
+        for (index, kernel), architecture in product(enumerate(kernels), SHARED_LIMIT):
+            launch = launches_for(widths, architecture, element_bytes)[index]
             rows, block = ("BLOCK_S", "BLOCK_T") if index == 1 else ("BLOCK_T", "BLOCK_S")
-            for (launch, precision), architectures in chosen_by.items():
-                constants = {rows: launch.rows, block: launch.block} | constants_for(precision, HEADS, widths, steps)
-                found.append(
-                    Case(
-                        f"{kernel.__name__} K={key_width} R={rope_width} U={value_width}",
-                        kernel,
-                        {name: _type_of(name, kind) for name in kernel.arg_names if name not in constants},
-                        constants,
-                        launch.num_warps,
-                        launch.num_stages,
-                        "narrow" if kind == "fp32" or launch.rows < 64 else "wide",
-                        tuple(architectures),
-                    )
+            constants = {rows: launch.rows, block: launch.block}
+            constants |= constants_for(precision_of(element_bytes, architecture), HEADS, widths, steps)
+            found.append(
+                Case(
+                    f"{kernel.__name__} K={key_width} R={rope_width} U={value_width}",
+                    kernel,
+                    {name: _type_of(name, kind) for name in kernel.arg_names if name not in constants},
+                    constants,
+                    launch.num_warps,
+                    launch.num_stages,
+                    "narrow" if kind == "fp32" or launch.rows < 64 else "wide",
+                    (architecture,),
                 )
-    return found
+            )
+    return merged(found)
 
 
 def _preprocess_case(kind: str, value_width: int) -> Case:

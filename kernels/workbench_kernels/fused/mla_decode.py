@@ -6,17 +6,20 @@ many parts, which the shapes decide and its length does not, so nothing waits fo
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case
-from workbench_kernels.fused.architecture import architecture_of
+from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, merged
+from workbench_kernels.fused.architecture import MULTIPLIES_E4M3, architecture_of, precision_of
+from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
-from workbench_kernels.mla_decode import MAX_LATENT, MAX_ODD_LATENT, MAX_ROPE, SCALED, fits_twin, is_odd
+from workbench_kernels.fused.scaled_mm_blockwise import decoded
+from workbench_kernels.mla_decode import MAX_LATENT, MAX_ODD_LATENT, MAX_ROPE, fits_twin, is_odd
+from workbench_kernels.quantize_blockwise import WIDTH
 
 MIN_BLOCK_C = 64  # narrower latents share this tile
 BLOCK_R = MAX_ROPE
@@ -25,7 +28,6 @@ MIN_KEYS = 256  # of one part, where a sequence fills the cache: shorter parts w
 PROGRAMS = 256  # wanted at once; the same for every GPU, so that all add in the same order
 MERGE_TILE, MERGE_WARPS = 1_024, 4
 LN_2 = tl.constexpr(math.log(2.0))
-AS_BITS = ("sm_80", "gfx942")  # have no instruction for float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,6 @@ def in_one_page(page_size: int | None, block_n: int) -> bool:
     return page_size is None or page_size % block_n == 0
 
 
-def cdiv(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
-
-
 def forward(
     q_nope: Tensor,
     q_rope: Tensor,
@@ -126,7 +124,7 @@ def forward(
         itemsize=q_nope.itemsize, float8=scale is not None, page_size=table_size,
     )  # fmt: skip
     page_tokens, latent_stride, rope_stride, scale_stride = strides_of(latent, rope, scale)
-    if scale is not None and architecture in AS_BITS:
+    if scale is not None and architecture not in MULTIPLIES_E4M3:
         latent = latent.view(torch.uint8)
     # A single part is merged as well: a kernel that rounds what it returns spills.
     partial = q_nope.new_empty(lse.numel(), launch.num_splits, width, dtype=torch.float32)
@@ -169,22 +167,16 @@ def strides_of(latent: Tensor, rope: Tensor, scale: Tensor | None) -> tuple[int,
     return page_tokens, strides[0], strides[1], 0 if scale is None else strides[2]
 
 
-def precision_of(itemsize: int, architecture: str) -> str | None:
-    """How float32 is multiplied, about as exactly as by hand; products of 16 bits are exact anyhow."""
-    if itemsize <= 2:
-        return None
-    return "ieee" if architecture == "gfx942" else "tf32x3"
-
-
 def cases(kind: str) -> list[Case]:
     """Every tile that the launcher chooses, on the targets where it does, and the widest in every layout of pages."""
-    found: list[Case] = []
     layouts = [(width, 60) for width in (63, 64, 128, 256, 512)] + [(512, 64), (512, None)]
-    for width, page_size in layouts:
-        for rows in (FEW_ROWS, 64):
-            for float8 in (False, True):
-                for architecture in SHARED_LIMIT:
-                    _add(found, _case(kind, architecture, rows, width, page_size, float8=float8))
+    found = merged(
+        _case(kind, architecture, rows, width, page_size, float8=float8)
+        for width, page_size in layouts
+        for rows in (FEW_ROWS, 64)
+        for float8 in (False, True)
+        for architecture in SHARED_LIMIT
+    )
     pointers = {"partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "out_ptr": f"*{kind}", "lse_ptr": "*fp32"}
     for width in (63, 64, 128, 256, 512):
         block_c = block_for(width)
@@ -193,16 +185,6 @@ def cases(kind: str) -> list[Case]:
         name = f"mla_decode_merge_kernel C={width}"
         found.append(Case(name, mla_decode_merge_kernel, arguments, constants, MERGE_WARPS))
     return found
-
-
-def _add(found: list[Case], case: Case) -> None:
-    """Append what is new, or let the case that is alike stand for this target too."""
-    for index, other in enumerate(found):
-        if replace(other, architectures=case.architectures) == case:
-            both = dict.fromkeys((*other.architectures, *case.architectures))
-            found[index] = replace(other, architectures=tuple(both))
-            return
-    found.append(case)
 
 
 def _case(kind: str, architecture: str, rows: int, width: int, page_size: int | None, *, float8: bool) -> Case:
@@ -223,8 +205,8 @@ def _case(kind: str, architecture: str, rows: int, width: int, page_size: int | 
         "CHUNK": launch.chunk,
     }  # fmt: skip
     if float8:
-        arguments |= {"latent_ptr": "*u8" if architecture in AS_BITS else "*fp8e4nv", "rope_ptr": "*bf16"}
-        constants |= {"LATENT_STRIDE": width, "ROPE_STRIDE": rope_width, "SCALE_STRIDE": cdiv(width, SCALED)}
+        arguments |= {"latent_ptr": "*fp8e4nv" if architecture in MULTIPLIES_E4M3 else "*u8", "rope_ptr": "*bf16"}
+        constants |= {"LATENT_STRIDE": width, "ROPE_STRIDE": rope_width, "SCALE_STRIDE": cdiv(width, WIDTH)}
         del constants["scale_ptr"]
     if page_size is None:
         constants["table_ptr"] = None
@@ -248,13 +230,8 @@ def load_latents(
         mask=exists[:, None] & (column < C)[None, :], other=0.0,
     )  # fmt: skip
     if scale_ptr is not None:
-        if latent_ptr.dtype.element_ty == tl.uint8:
-            # As float16 the same bits, moved, are 256 times smaller: its exponent begins 8 steps lower.
-            magnitude = (latent & 0x7F).to(tl.uint16)
-            half = (((latent & 0x80).to(tl.uint16) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True)
-            wide = tl.where(magnitude == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
-        else:
-            wide = latent.to(tl.float32)
+        number = decoded(latent) if latent_ptr.dtype.element_ty == tl.uint8 else latent
+        wide = number.to(tl.float32)
         SHARED: tl.constexpr = min(128, WIDTH)  # pyright: ignore[reportAssignmentType]
         first = begin + tl.arange(0, WIDTH // SHARED) * SHARED  # [WIDTH // SHARED]
         scale = tl.load(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from workbench_kernels.fused import grouped_mm
 from workbench_kernels.fused.ahead_of_time import Case
-from workbench_kernels.fused.expert_tiles import cdiv, sort_by_expert
+from workbench_kernels.fused.cdiv import cdiv
+from workbench_kernels.fused.expert_tiles import sort_by_expert
 from workbench_kernels.gated import GatedActivation
 
 MIN_BLOCK_X = 64

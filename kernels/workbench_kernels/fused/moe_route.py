@@ -9,11 +9,13 @@ from torch import Tensor
 
 from workbench_kernels.fused import expert_tiles
 from workbench_kernels.fused.ahead_of_time import Case
+from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
-from workbench_kernels.moe_route import MAX_EXPERTS, fits_twin
+from workbench_kernels.moe_route import MAX_EXPERTS, SMALLEST, fits_twin
 
 TILE = 1_024  # scores of one program
 MIN_BLOCK_E = 32
+SMALLEST_SUM = tl.constexpr(SMALLEST)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def forward(
     counts = indices.new_zeros(num_experts)
     if num_tokens:
         tile = launch_for(num_experts)
-        moe_route_fwd_kernel[(expert_tiles.cdiv(num_tokens, tile.block_n),)](
+        moe_route_fwd_kernel[(cdiv(num_tokens, tile.block_n),)](
             logits, bias, indices, weights, scores, counts, num_tokens, routed_scaling_factor,
             num_experts, num_experts_per_tok, scoring_func, bias is not None,
             n_group if topk_group < n_group else 1, topk_group, group_score == "top2", norm_topk_prob,
@@ -80,7 +82,7 @@ def backward(
     grad = torch.empty_like(logits)
     if num_tokens:
         tile = launch_for(num_experts)
-        moe_route_bwd_kernel[(expert_tiles.cdiv(num_tokens, tile.block_n),)](
+        moe_route_bwd_kernel[(cdiv(num_tokens, tile.block_n),)](
             grad_weights.contiguous(), grad_scores.contiguous(), logits, indices, scores, grad,
             num_tokens, routed_scaling_factor, num_experts, indices.shape[1], scoring_func, norm_topk_prob,
             tile.block_n, tile.block_e,
@@ -168,7 +170,7 @@ def moe_route_fwd_kernel(
         indices = tl.where((slot == a)[None, :], chosen[:, None], indices)
         weights = tl.where((slot == a)[None, :], score[:, None], weights)
     if NORMALIZED:
-        weights = weights / (tl.sum(weights, axis=1)[:, None] + 1e-20)
+        weights = weights / (tl.sum(weights, axis=1)[:, None] + SMALLEST_SUM)
     pair = token[:, None] * A + slot[None, :]
     told = (token < num_tokens)[:, None] & (slot < A)[None, :]
     tl.store(indices_ptr + pair, indices.to(tl.int64), mask=told)
@@ -194,7 +196,7 @@ def moe_route_bwd_kernel(
     total = tl.full([BLOCK_N], 1.0, tl.float32)  # what the weights were divided by
     along = tl.zeros([BLOCK_N], dtype=tl.float32)  # the part of their gradient that dividing removes
     if NORMALIZED:
-        total = tl.full([BLOCK_N], 1e-20, tl.float32)
+        total = tl.full([BLOCK_N], SMALLEST_SUM, tl.float32)
         for a in range(0, A):
             chosen = tl.load(indices_ptr + token * A + a, mask=known, other=0).to(tl.int32)
             score = tl.sum(tl.where(expert[None, :] == chosen[:, None], scores, 0.0), axis=1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.architecture import architecture_of
+from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
 from workbench_kernels.quantize_blockwise import FP8, LARGEST, LARGEST_POWER, SMALLEST_SCALE, WIDTH
 
@@ -36,13 +37,13 @@ def forward(x: Tensor, block_rows: int, power_of_two: bool) -> tuple[Tensor, Ten
     if missing := -width % VECTOR:
         values, scale = forward(F.pad(x, (0, missing)), block_rows, power_of_two)
         return values[:, :width].contiguous(), scale
-    num_blocks = -(-width // WIDTH)
+    num_blocks = cdiv(width, WIDTH)
     values = torch.empty(x.shape, dtype=FP8, device=x.device)
-    scale = x.new_empty(-(-num_rows // block_rows), num_blocks, dtype=torch.float32)
+    scale = x.new_empty(cdiv(num_rows, block_rows), num_blocks, dtype=torch.float32)
     if x.numel():
         launch = launch_for(block_rows)
         native = architecture_of(x.device) in ROUNDS_TO_E4M3 and not interpreting()
-        quantize_blockwise_fwd_kernel[(-(-num_rows // launch.block_m), num_blocks)](
+        quantize_blockwise_fwd_kernel[(cdiv(num_rows, launch.block_m), num_blocks)](
             x, values if native else values.view(torch.uint8), scale, num_rows,
             block_rows, power_of_two, width, launch.block_m, WIDTH, LARGEST, SMALLEST_SCALE, LARGEST_POWER,
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench_kernels.fused.ahead_of_time import Case
+from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.rms_norm import MAX_ODD_WIDTH, MAX_WIDTH, fits_twin, width_step
 
@@ -23,10 +24,6 @@ class Launch:
     block_m: int
     block_d: int
     num_warps: int
-
-
-def cdiv(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
 
 
 def launch_for(width: int) -> Launch:

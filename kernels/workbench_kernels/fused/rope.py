@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench_kernels.fused.ahead_of_time import Case
+from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.rope import MAX_WIDTH, fits_twin
 
@@ -40,7 +41,7 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     num_rows = x.shape[0] * x.shape[1] * x.shape[2]
     if num_rows:
         tile = launch(x.shape[3])
-        rope_fwd_kernel[(-(-num_rows // tile.block_m),)](
+        rope_fwd_kernel[(cdiv(num_rows, tile.block_m),)](
             x, cos, sin, out, num_rows, x.shape[1], x.shape[2], x.stride(0), x.stride(1), x.stride(2),
             x.shape[3] // 2, interleaved, tile.block_m, tile.block_p,
             num_warps=tile.num_warps,  # pyright: ignore[reportCallIssue]

@@ -9,13 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case
-from workbench_kernels.fused.architecture import architecture_of
+from workbench_kernels.fused.architecture import MULTIPLIES_E4M3, architecture_of
+from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.fused.quantize_blockwise import VECTOR
 from workbench_kernels.quantize_blockwise import FP8, WIDTH
 
 GROUP_M = 8  # tiles of rows that neighbouring programs share columns of b in: both stay in the L2 cache
-MULTIPLIES_E4M3 = ("sm_90", "sm_100")  # elsewhere the matrix units take the same numbers in float16
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def forward(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: t
     a, b = (_readable(tensor) for tensor in (a, b))
     if architecture in MULTIPLIES_E4M3:
         a, b = (tensor.view(FP8) for tensor in (a, b))
-    num_programs = -(-num_rows // launch.block_m) * -(-num_columns // launch.block_n)
+    num_programs = cdiv(num_rows, launch.block_m) * cdiv(num_columns, launch.block_n)
     scaled_mm_blockwise_fwd_kernel[(num_programs,)](
         a, b, scale_a.contiguous(), scale_b.contiguous(), out, num_rows, num_columns, out.shape[1], a.shape[1],
         launch.block_m, launch.block_n, launch.block_k, WIDTH, GROUP_M,

@@ -4,6 +4,7 @@ Letters: B sequences, T queries, S keys, H index heads, K their width, Y chosen 
 """
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case
-from workbench_kernels.fused.architecture import architecture_of
+from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, merged
+from workbench_kernels.fused.architecture import architecture_of, precision_of
+from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.sparse_select import MAX_KEYS, MAX_WIDTH, fits_twin
 
@@ -53,11 +55,6 @@ def launch_for(kernel: Kernel, num_queries: int, dtype: torch.dtype, architectur
     return Launch(64, 32 if kernel == "backward of keys" and architecture == "sm_80" else 64, 8)
 
 
-def precision_for(dtype: torch.dtype, architecture: str) -> str:
-    """How float32 operands are multiplied: NVIDIA's matrix units take them in parts."""
-    return "tf32x3" if dtype == torch.float32 and architecture != "gfx942" else "ieee"
-
-
 def forward(query: Tensor, key: Tensor, weight: Tensor, index_topk: int) -> tuple[Tensor, Tensor]:
     """Return scores [B, T, S] and keys [B, T, Y] of query [B, T, H, K], key [B, S, K] and weight [B, T, H]."""
     _check(query, key)
@@ -68,9 +65,9 @@ def forward(query: Tensor, key: Tensor, weight: Tensor, index_topk: int) -> tupl
         architecture = architecture_of(query.device)
         query, key = _filled_up(query), _filled_up(key)
         tile = launch_for("forward", num_queries, query.dtype, architecture)
-        sparse_select_fwd_kernel[(_cdiv(num_keys, tile.block_s), _cdiv(num_queries, tile.block_t), num_sequences)](
+        sparse_select_fwd_kernel[(cdiv(num_keys, tile.block_s), cdiv(num_queries, tile.block_t), num_sequences)](
             query, key, weight.contiguous(), scores, num_queries, num_keys, num_heads,
-            query.shape[3], precision_for(query.dtype, architecture), tile.block_t, tile.block_s,
+            query.shape[3], precision_of(query.itemsize, architecture), tile.block_t, tile.block_s,
             num_warps=tile.num_warps, num_stages=tile.num_stages,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return scores, choose(scores, index_topk)
@@ -103,20 +100,20 @@ def backward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[
     architecture = architecture_of(query.device)
     grad, weight = grad.contiguous(), weight.contiguous()
     query, key = _filled_up(query), _filled_up(key)
-    precision = precision_for(query.dtype, architecture)
+    precision = precision_of(query.itemsize, architecture)
 
     tile = launch_for("backward of queries", num_queries, query.dtype, architecture)
     grad_query, grad_weight = torch.empty_like(query), torch.empty_like(weight)
-    sparse_select_bwd_query_kernel[(_cdiv(num_queries, tile.block_t), num_heads, num_sequences)](
+    sparse_select_bwd_query_kernel[(cdiv(num_queries, tile.block_t), num_heads, num_sequences)](
         grad, query, key, weight, grad_query, grad_weight, num_queries, num_keys, num_heads,
         query.shape[3], precision, tile.block_t, tile.block_s,
         num_warps=tile.num_warps, num_stages=tile.num_stages,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
     tile = launch_for("backward of keys", num_queries, query.dtype, architecture)
-    num_query_blocks, num_key_blocks = _cdiv(num_queries, tile.block_t), _cdiv(num_keys, tile.block_s)
-    blocks_per_part = _cdiv(num_query_blocks, _cdiv(PROGRAMS, num_key_blocks * num_sequences))
-    num_parts = _cdiv(num_query_blocks, blocks_per_part)
+    num_query_blocks, num_key_blocks = cdiv(num_queries, tile.block_t), cdiv(num_keys, tile.block_s)
+    blocks_per_part = cdiv(num_query_blocks, cdiv(PROGRAMS, num_key_blocks * num_sequences))
+    num_parts = cdiv(num_query_blocks, blocks_per_part)
     partial = torch.empty(num_parts, *key.shape, dtype=torch.float32, device=key.device)
     sparse_select_bwd_key_kernel[(num_key_blocks, num_parts, num_sequences)](
         grad, query, key, weight, partial, num_queries, num_keys, num_heads, blocks_per_part,
@@ -140,33 +137,24 @@ def cases(kind: str) -> list[Case]:
     )
     found = []
     for kernel, function, arguments in products:
-        targets: dict[tuple[Launch, str], list[str]] = {}
-        for num_queries in (FEW_QUERIES, FEW_QUERIES + 1):
-            for architecture in SHARED_LIMIT:
-                tile = launch_for(kernel, num_queries, dtype, architecture)
-                chosen_by = targets.setdefault((tile, precision_for(dtype, architecture)), [])
-                chosen_by += [] if architecture in chosen_by else [architecture]
-        for (tile, precision), architectures in targets.items():
+        for num_queries, architecture, width in product((FEW_QUERIES, FEW_QUERIES + 1), SHARED_LIMIT, WIDTHS):
+            tile = launch_for(kernel, num_queries, dtype, architecture)
+            name = f"{function.__name__} K={width}, {tile.block_t} queries"
+            constants = {"K": width, "PRECISION": precision_of(dtype.itemsize, architecture)}
+            constants |= {"BLOCK_T": tile.block_t, "BLOCK_S": tile.block_s}
             matrix = "wide" if dtype != torch.float32 and tile.block_t >= 64 else "narrow"
-            for width in WIDTHS:
-                name = f"{function.__name__} K={width}, {tile.block_t} queries"
-                constants = {"K": width, "PRECISION": precision, "BLOCK_T": tile.block_t, "BLOCK_S": tile.block_s}
-                warps, stages = tile.num_warps, tile.num_stages
-                found.append(Case(name, function, arguments, constants, warps, stages, matrix, tuple(architectures)))
+            warps, stages = tile.num_warps, tile.num_stages
+            found.append(Case(name, function, arguments, constants, warps, stages, matrix, (architecture,)))
     row = {"scores_ptr": "*fp32", "keys_ptr": "*i64", "ranks_ptr": "*i32"}
     row |= dict.fromkeys(("num_queries", "num_keys", "num_places"), "i32")
     topk = sparse_select_topk_kernel
-    return [*found, Case(topk.__name__, topk, row, {"BLOCK_S": ROW_BLOCK}, ROW_WARPS)]
+    return [*merged(found), Case(topk.__name__, topk, row, {"BLOCK_S": ROW_BLOCK}, ROW_WARPS)]
 
 
 def _filled_up(heads: Tensor) -> Tensor:
     """Contiguous, with zeros up to the next of `WIDTHS`."""
     width = next(width for width in WIDTHS if width >= heads.shape[-1])
     return F.pad(heads, (0, width - heads.shape[-1])).contiguous()
-
-
-def _cdiv(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
 
 
 def _check(query: Tensor, key: Tensor) -> None:
