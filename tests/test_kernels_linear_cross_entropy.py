@@ -14,9 +14,10 @@ from kernel_rules import ODD_SIZES, assert_obeys_rule, most_bytes, results
 from torch import Tensor
 
 from workbench_kernels import linear_cross_entropy
-from workbench_kernels.linear_cross_entropy import Terms, backward, chunks, forward, reference
+from workbench_kernels.linear_cross_entropy import LossAndLse, Terms, backward, chunks, forward
 
 OP = importlib.import_module("workbench_kernels.linear_cross_entropy")  # the module: the package's name is the function
+reference = partial(linear_cross_entropy, impl="reference")
 REDUCTIONS = ["mean", "sum", "none"]
 TERMS = [
     {},
@@ -110,6 +111,8 @@ def test_a_case_by_hand() -> None:
     torch.testing.assert_close(plain, torch.tensor([math.log(4), math.log(4 / 3)]))
     z_loss = linear_cross_entropy(input, linear_weight, target, reduction="none", z_loss=0.5)
     torch.testing.assert_close(z_loss - plain, torch.full((2,), 0.5 * math.log(4) ** 2))
+    both = linear_cross_entropy(input, linear_weight, torch.tensor([0, -100]), reduction="none", return_lse=True)
+    torch.testing.assert_close(torch.stack(both), torch.tensor([[math.log(4), 0.0], [math.log(4), 0.0]]))
     smoothed = linear_cross_entropy(input, linear_weight, target, reduction="none", label_smoothing=0.2)
     torch.testing.assert_close(smoothed, 0.8 * plain + 0.1 * (math.log(4) + math.log(4 / 3)))
 
@@ -157,6 +160,28 @@ def test_gradients_by_finite_differences(reduction: str, options: dict) -> None:
     assert torch.autograd.gradcheck(op, (input.requires_grad_(), linear_weight.requires_grad_()))
 
 
+def of_lse(op: Callable[..., LossAndLse], target: Tensor, **options) -> Callable[..., Tensor]:
+    return lambda input, linear_weight: op(input, linear_weight, target, return_lse=True, **options).lse
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_the_logarithm_of_the_sums_has_gradients_too(impl: str) -> None:
+    input, linear_weight, target = make(7, 3, 5, torch.float64)
+    leaves = input.requires_grad_(), linear_weight.requires_grad_()
+    assert torch.autograd.gradcheck(of_lse(linear_cross_entropy, target, impl=impl), leaves)
+    loss, lse = linear_cross_entropy(*leaves, target, return_lse=True, z_loss=0.25, impl=impl)
+    plain = linear_cross_entropy(*leaves, target, impl=impl) + 0.25 * lse.square().sum() / (target != -100).sum()
+    torch.testing.assert_close(loss, plain)
+    ours = torch.autograd.grad(loss, leaves, retain_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(plain, leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_logarithm_of_the_sums_obeys_the_rule(dtype: torch.dtype) -> None:
+    input, linear_weight, target = make(60, 24, 129, dtype)
+    assert_obeys_rule(of_lse(linear_cross_entropy, target), of_lse(reference, target), (input, linear_weight))
+
+
 def test_makes_only_the_gradients_that_are_asked_for() -> None:
     input, linear_weight, target = make(7, 3, 5, torch.float64)
     both = torch.autograd.grad(
@@ -180,12 +205,12 @@ def test_takes_any_strides() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ops_are_registered_correctly(dtype: torch.dtype) -> None:
     input, linear_weight, target = make(6, 4, 5, dtype)
-    ops, terms = torch.ops.workbench_kernels, (-100, 0.1, 0.01)
+    ops, terms = torch.ops.workbench_kernels, (-100, 0.1)
     inputs = (input.requires_grad_(), linear_weight.requires_grad_(), target, *terms, False)
     torch.library.opcheck(ops.linear_cross_entropy.default, inputs)
     loss, lse = (x.detach() for x in ops.linear_cross_entropy(*inputs))
     for asked in ((True, True), (True, False), (False, True)):
-        saved = (loss, input.detach(), linear_weight.detach(), target, lse)
+        saved = (loss, lse, input.detach(), linear_weight.detach(), target, lse)
         torch.library.opcheck(ops.linear_cross_entropy_grad.default, (*saved, *terms, *asked, False))
 
 
@@ -207,10 +232,10 @@ def test_never_holds_the_logits(tokens: int, width: int, vocabulary: int, dtype:
     linear_weight = torch.empty(vocabulary, width, dtype=dtype, device="meta")
     target = torch.empty(tokens, dtype=torch.int64, device="meta")
     loss, lse = (torch.empty(tokens, dtype=wide, device="meta") for wide in (torch.float32, torch.float64))
-    terms = Terms(-100, 0.1, 1e-4)
+    terms = Terms(-100, 0.1)
     small = 16 * 2**20  # numbers of every token, and the tokens of a chunk in float32
     assert most_bytes(partial(forward, input, linear_weight, target, terms)) <= OP.WORKSPACE_BYTES + small
-    made = partial(backward, loss, input, linear_weight, target, lse, terms, True, True)
+    made = partial(backward, loss, lse, input, linear_weight, target, terms, True, True)
     gradients = input.nbytes + 4 * linear_weight.numel() + (linear_weight.nbytes if dtype != torch.float32 else 0)
     assert most_bytes(made) <= gradients + OP.WORKSPACE_BYTES + small
     assert most_bytes(partial(reference, input, linear_weight, target)) > 2**33
@@ -219,7 +244,7 @@ def test_never_holds_the_logits(tokens: int, width: int, vocabulary: int, dtype:
 def test_the_measure_of_memory_sees_what_is_held_and_what_is_not() -> None:
     """A chunk of 256 tokens of 1000 logits, whatever the number of tokens; the definition holds all, more than once."""
     input, linear_weight, target = make(2048, 4, 1000, torch.float32)
-    ours = most_bytes(partial(forward, input, linear_weight, target, Terms(-100, 0.0, 0.0)))
+    ours = most_bytes(partial(forward, input, linear_weight, target, Terms(-100, 0.0)))
     assert 256 * 1000 * 4 <= ours <= 256 * 1000 * 4 + 2048 * 64
     assert most_bytes(partial(reference, input, linear_weight, target)) >= 2 * 2048 * 1000 * 4
 

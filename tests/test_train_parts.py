@@ -15,7 +15,7 @@ from torch import nn
 
 from workbench.blocks.router import Router
 from workbench.model.config import MixtureOfExperts
-from workbench.model.decoder import Decoder, DecoderOutput
+from workbench.model.decoder import Decoder, DecoderStates
 from workbench.train import memory
 from workbench.train.events import Step
 from workbench.train.loop import balance_per, train, weigh
@@ -28,10 +28,10 @@ from workbench.train.state import TrainState
 
 
 def test_next_token_and_z_terms_by_hand() -> None:
-    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(3.0), 0.0]]])
+    """A head that hands on the states, which so are logits."""
+    states = DecoderStates(torch.tensor([[[0.0, math.log(3.0)], [math.log(3.0), 0.0]]]), (), (), ())
     tokens, documents = torch.tensor([[0, 1, 1]]), torch.zeros(1, 3, dtype=torch.int32)
-    output = DecoderOutput(logits, (), (), torch.zeros(1, 2, 4))
-    terms = loss_terms(output, tokens, documents, balance_per=None)
+    terms = loss_terms(states, torch.eye(2), tokens, documents, balance_per=None)
     assert float(terms.next_token) == pytest.approx(-(math.log(3 / 4) + math.log(1 / 4)) / 2)
     assert float(terms.z) == pytest.approx(math.log(4) ** 2)
     assert terms.named() == {
@@ -46,10 +46,12 @@ def test_depth_one_predicts_two_ahead_and_stays_within_its_document() -> None:
     documents = torch.tensor([[1, 1, 1, 2, 2]])
     assert mtp_targets(tokens, 3, 1).tolist() == [[7, 8, 9]]
     assert mtp_inside(documents, 3, 1).tolist() == [[True, False, False]]
-    logits = torch.randn(1, 3, 10)
-    torch.testing.assert_close(mtp_loss(logits, tokens, documents, 1), F.cross_entropy(logits[:, 0], torch.tensor([7])))
-    logits[:, 1:] = torch.nan_to_num(logits[:, 1:]) + 1e4
-    torch.testing.assert_close(mtp_loss(logits, tokens, documents, 1), F.cross_entropy(logits[:, 0], torch.tensor([7])))
+    hidden, head = torch.randn(1, 3, 6), torch.randn(10, 6)
+    expected = F.cross_entropy(hidden[:, 0] @ head.T, torch.tensor([7]))
+    torch.testing.assert_close(mtp_loss(hidden, head, tokens, documents, 1), expected)
+    hidden[:, 1:] += 1e4
+    torch.testing.assert_close(mtp_loss(hidden, head, tokens, documents, 1), expected)
+    assert mtp_loss(hidden, head, tokens, torch.arange(5)[None], 1) == 0
 
 
 def test_the_balance_term_reaches_the_router() -> None:
@@ -57,8 +59,8 @@ def test_the_balance_term_reaches_the_router() -> None:
     recipe = tiny_recipe(balance=AuxiliaryLoss(per="sequence"))
     decoder = Decoder(recipe.model)
     tokens = torch.randint(0, 256, (4, 34))
-    output = decoder(tokens[:, :32], lookahead=tokens[:, 32:33])
-    terms = loss_terms(output, tokens, torch.zeros_like(tokens), balance_per=4)
+    states = decoder.states(tokens[:, :32], lookahead=tokens[:, 32:33])
+    terms = loss_terms(states, decoder.lm_head.weight, tokens, torch.zeros_like(tokens), balance_per=4)
     assert float(terms.balance.detach()) >= len(recipe.model.expert_layers())
     terms.balance.backward()
     gates = [module.weight.grad for module in decoder.modules() if isinstance(module, Router)]

@@ -4,7 +4,7 @@ Letters: N tokens, C tokens of a chunk, K width, V vocabulary; `1` marks a kept 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,16 @@ class Terms(NamedTuple):
 
     ignore_index: int
     label_smoothing: float
-    z_loss: float
 
 
+class LossAndLse(NamedTuple):
+    """The loss, and [N] the logarithm of every token's sum of exponentials, which z-losses are made of."""
+
+    loss: Tensor
+    lse: Tensor
+
+
+@overload
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -33,8 +40,34 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    return_lse: Literal[False] = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_lse: Literal[True],
+    impl: str = "auto",
+) -> LossAndLse: ...
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | LossAndLse:
     """Cross-entropy of the logits `input @ linear_weight.T` and `target`, plus `z_loss * logsumexp(logits) ** 2`.
 
     Only `reference` holds all logits. The other forms take a chunk of tokens at a time, whose size follows from the
@@ -49,11 +82,14 @@ def linear_cross_entropy(
         ignore_index: tokens with this target have a loss and gradients of zero.
         label_smoothing: in 0..1, the share of the target that is spread evenly over the vocabulary.
         z_loss: at least 0; holds the sum of the exponentials near 1.
+        return_lse: return a `LossAndLse`, for those who want the z-loss by itself or another function of it. Both have
+            gradients.
         impl: "auto", "reference" or "fused"; see `workbench_kernels.tier`.
 
     Returns:
-        A scalar, or [N] with reduction "none"; in float32 or wider, from logits that the product rounded to the dtype
-        of `input`. The mean over no token is NaN, as in `torch.nn.functional.cross_entropy`, with gradients of zero.
+        The loss: a scalar, or [N] with reduction "none"; in float32 or wider, from logits that the product rounded to
+        the dtype of `input`. The mean over no token is NaN, as in `torch.nn.functional.cross_entropy`, with gradients
+        of zero. `lse` is of the same dtype, and 0 where a token is ignored.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit, or on a CPU a target lies outside 0..V-1. On a GPU, which
@@ -63,43 +99,35 @@ def linear_cross_entropy(
         section 7; z-loss, Chowdhery et al., arXiv 2204.02311, section 5.
     """
     _check(input, linear_weight, target)
-    terms = Terms(ignore_index, label_smoothing, z_loss)
-    _check_options(reduction, terms)
+    _check_options(reduction, label_smoothing, z_loss)
     tier = resolve("linear_cross_entropy", impl, input.device, input.dtype)
     if tier == "reference":
         if unwatched(target):
             _check_range(target, linear_weight.shape[0], ignore_index)
-        return reference(input, linear_weight, target, reduction, *terms)
-    if tier == "torch" and unwatched(input, linear_weight, target):
-        loss_N, _ = forward(input, linear_weight, target, terms)
+        loss_N, lse_N = reference(input, linear_weight, target, ignore_index, label_smoothing)
+    elif tier == "torch" and unwatched(input, linear_weight, target):
+        loss_N, lse_N = forward(input, linear_weight, target, Terms(ignore_index, label_smoothing))
     else:
-        loss_N, _ = _linear_cross_entropy(input, linear_weight, target, *terms, tier == "fused")
-    return _reduced(loss_N, target, reduction, ignore_index)
+        loss_N, lse_N = _linear_cross_entropy(
+            input, linear_weight, target, ignore_index, label_smoothing, tier == "fused"
+        )
+    if z_loss:
+        loss_N = loss_N + (z_loss * lse_N.square()).to(loss_N.dtype)
+    loss = loss_N
+    if reduction != "none":
+        loss = loss_N.sum() if reduction == "sum" else loss_N.sum() / (target != ignore_index).sum()
+    return LossAndLse(loss, lse_N.to(loss.dtype)) if return_lse else loss
 
 
 def reference(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> Tensor:
-    """The definition, with all logits in memory, differentiated by autograd."""
+    input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> LossAndLse:
+    """The definition, with all logits in memory, differentiated by autograd; the loss of every token."""
     logits_NV = F.linear(input, linear_weight).to(torch.promote_types(input.dtype, torch.float32))
     loss_N = F.cross_entropy(
         logits_NV, target, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
     )
-    square_N = logits_NV.logsumexp(dim=1).square().masked_fill(target == ignore_index, 0.0)
-    return _reduced(loss_N + z_loss * square_N, target, reduction, ignore_index)
-
-
-def _reduced(loss_N: Tensor, target: Tensor, reduction: str, ignore_index: int) -> Tensor:
-    if reduction == "none":
-        return loss_N
-    total = loss_N.sum()
-    return total if reduction == "sum" else total / (target != ignore_index).sum()
+    return LossAndLse(loss_N, logits_NV.logsumexp(dim=1).masked_fill(target == ignore_index, 0.0))
 
 
 def forward(input: Tensor, linear_weight: Tensor, target: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -121,16 +149,15 @@ def forward(input: Tensor, linear_weight: Tensor, target: Tensor, terms: Terms) 
         if terms.label_smoothing:
             loss_C1.lerp_(-log_softmax_CV.mean(dim=1, keepdim=True), terms.label_smoothing)
         loss_N[rows] = loss_C1.squeeze(1)
-    loss_N += terms.z_loss * lse_N.square()
-    return loss_N.masked_fill_(ignored_N, 0.0), lse_N
+    return loss_N.masked_fill_(ignored_N, 0.0), lse_N.masked_fill_(ignored_N, 0.0)
 
 
 def backward(
     grad: Tensor,
+    grad_lse: Tensor,
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
-    lse: Tensor,
     terms: Terms,
     for_input: bool,
     for_weight: bool,
@@ -139,20 +166,17 @@ def backward(
     grad_input, total = gradients(input, linear_weight, for_input, for_weight)
     ignored_N = target == terms.ignore_index
     target_N1 = target.masked_fill(ignored_N, 0)[:, None]
-    grad_N1 = grad.masked_fill(ignored_N, 0.0)[:, None]
-    # The gradient of the z-loss in units of a probability.
-    pull_N1 = (2 * terms.z_loss * lse[:, None]).to(total.dtype)
+    grad_N1, pull_N1 = (x.to(total.dtype).masked_fill(ignored_N, 0.0)[:, None] for x in (grad, grad_lse))
     evenly = terms.label_smoothing / len(linear_weight)
     for rows, narrow_CV, logits_CV in _logits(input, linear_weight):
         grad_CV = torch.softmax(logits_CV, dim=1, out=logits_CV)
         chosen_C1 = grad_CV.gather(1, target_N1[rows])
-        if terms.z_loss:
-            grad_CV.mul_(1 + pull_N1[rows])
+        grad_CV.mul_(grad_N1[rows] + pull_N1[rows])
         if evenly:
-            grad_CV.sub_(evenly)
+            grad_CV.sub_(evenly * grad_N1[rows])
         # The one place where large numbers cancel: the pull is added to what is left, and not to what will go.
-        chosen_C1 = chosen_C1.sub(1 - terms.label_smoothing + evenly).addcmul_(pull_N1[rows], chosen_C1)
-        grad_CV.scatter_(1, target_N1[rows], chosen_C1).mul_(grad_N1[rows])
+        left_C1 = (chosen_C1 - (1 - terms.label_smoothing + evenly)) * grad_N1[rows]
+        grad_CV.scatter_(1, target_N1[rows], left_C1.addcmul_(pull_N1[rows], chosen_C1))
         if for_weight:
             total.addmm_(grad_CV.t(), input[rows].to(total.dtype))
         if for_input:
@@ -210,13 +234,13 @@ def _check(input: Tensor, linear_weight: Tensor, target: Tensor) -> None:
         raise ValueError(f"target ({target.dtype} {list(target.shape)}) must be int64 [N] with N = {input.shape[0]}")
 
 
-def _check_options(reduction: str, terms: Terms) -> None:
+def _check_options(reduction: str, label_smoothing: float, z_loss: float) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} must be 'mean', 'sum' or 'none'")
-    if not 0.0 <= terms.label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing={terms.label_smoothing} must lie in 0..1")
-    if not terms.z_loss >= 0.0:
-        raise ValueError(f"z_loss={terms.z_loss} must be at least 0")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing} must lie in 0..1")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss={z_loss} must be at least 0")
 
 
 def _check_range(target: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -236,10 +260,9 @@ def _linear_cross_entropy(
     target: Tensor,
     ignore_index: int,
     label_smoothing: float,
-    z_loss: float,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    terms = Terms(ignore_index, label_smoothing, z_loss)
+    terms = Terms(ignore_index, label_smoothing)
     if not fused:
         return forward(input, linear_weight, target, terms)
     from workbench_kernels.fused import linear_cross_entropy as twin
@@ -255,7 +278,6 @@ def _(
     target: Tensor,
     ignore_index: int,
     label_smoothing: float,
-    z_loss: float,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
     loss = input.new_empty(input.shape[0], dtype=torch.promote_types(input.dtype, torch.float32))
@@ -265,38 +287,36 @@ def _(
 @torch.library.custom_op("workbench_kernels::linear_cross_entropy_grad", mutates_args=())
 def _linear_cross_entropy_grad(
     grad: Tensor,
+    grad_lse: Tensor,
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     lse: Tensor,
     ignore_index: int,
     label_smoothing: float,
-    z_loss: float,
     for_input: bool,
     for_weight: bool,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of input and weight, empty where none is asked for: an op cannot return None."""
-    terms = Terms(ignore_index, label_smoothing, z_loss)
+    terms = Terms(ignore_index, label_smoothing)
     if not fused:
-        return backward(grad, input, linear_weight, target, lse, terms, for_input, for_weight)
+        return backward(grad, grad_lse, input, linear_weight, target, terms, for_input, for_weight)
     from workbench_kernels.fused import linear_cross_entropy as twin
 
-    return twin.backward(
-        grad.contiguous(), input, linear_weight, target.contiguous(), lse, terms, for_input, for_weight
-    )
+    return twin.backward(grad, grad_lse, input, linear_weight, target.contiguous(), lse, terms, for_input, for_weight)
 
 
 @_linear_cross_entropy_grad.register_fake
 def _(
     grad: Tensor,
+    grad_lse: Tensor,
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     lse: Tensor,
     ignore_index: int,
     label_smoothing: float,
-    z_loss: float,
     for_input: bool,
     for_weight: bool,
     fused: bool,
@@ -307,17 +327,18 @@ def _(
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     input, linear_weight, target, *ctx.terms, ctx.fused = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # who asks for no `lse` gets no gradient of it in float64
     ctx.save_for_backward(input, linear_weight, target, output[1])
 
 
-def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 7
+def _backward(ctx, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None and grad_lse is None:
+        return (None,) * 6
+    lse = ctx.saved_tensors[-1]
+    grads = (torch.zeros_like(lse) if x is None else x for x in (grad, grad_lse))
     asked = ctx.needs_input_grad[:2]
-    found = _linear_cross_entropy_grad(grad, *ctx.saved_tensors, *ctx.terms, *asked, ctx.fused)
-    return *(gradient if wanted else None for gradient, wanted in zip(found, asked, strict=True)), *(None,) * 5
+    found = _linear_cross_entropy_grad(*grads, *ctx.saved_tensors, *ctx.terms, *asked, ctx.fused)
+    return *(gradient if wanted else None for gradient, wanted in zip(found, asked, strict=True)), *(None,) * 4
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_save)

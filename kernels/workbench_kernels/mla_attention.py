@@ -65,6 +65,9 @@ def mla_attention(
         ValueError: shapes or dtypes do not fit, or the window is below 1. The torch form also refuses `cu_seqlens` that
             does not begin at 0, decreases or ends beyond T; the others would have to wait for the device to see it.
 
+    The twin makes weights again from the logarithm of their sum, as every flash attention does: where one key takes
+    all but a millionth of a query's weight, the gradients of that query's scores are wrong by about as much.
+
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; Dao, arXiv 2307.08691 (the twin); window and sinks as in
     `causal_attention`.
     """

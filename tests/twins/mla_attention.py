@@ -19,7 +19,7 @@ from workbench_kernels.mla_attention import reference
 ODD = (5, 2, 7)
 TYPICAL = (128, 64, 128)
 LARGE = [] if INTERPRETED else [((2, 1000, 1000, 16), TYPICAL), ((1, 300, 2000, 3), (192, 64, 256))]
-# Weights that no key takes for itself: the twin's delta is rounded apart from the sum that it is taken from.
+# Weights that no key takes for itself: then 1 - weight would be what float32 has left of it.
 SCALE = 0.1
 MUTATIONS = [
     Mutation("mla_attention_fwd_kernel", "* num_queries * H + head) * BLOCK_U", "* num_queries * H + head) * BLOCK_R"),
@@ -44,6 +44,7 @@ MUTATIONS = [
     Mutation("mla_attention_bwd_query_kernel", "key[None, :] <= past + query", "key[None, :] < past + query"),
     Mutation("mla_attention_bwd_query_kernel", "key[None, :] >= oldest", "key[None, :] > oldest"),
     Mutation("mla_attention_bwd_query_kernel", "grad_weights - delta", "grad_weights + delta"),
+    Mutation("mla_attention_bwd_query_kernel", "begin + BLOCK_S >= stop", "begin + 9 * BLOCK_S >= stop"),
     Mutation("mla_attention_bwd_query_kernel", "grad_q_nope * scale", "grad_q_nope"),
     Mutation("mla_attention_bwd_query_kernel", "grad_q_rope * scale", "grad_q_rope"),
 ]
@@ -85,7 +86,11 @@ fused = partial(mla_attention, impl="fused")
         ((1, 1, 60, 2), (32, 16, 32), None, None, False),
         ((1, 129, 129, 2), ODD, None, [0, 50, 50, 120], True),
         ((1, 129, 129, 1), TYPICAL, 7, None, False),
-        ((1, 60, 129, 2), ODD, 1, None, True),  # without sinks the gradients of queries and keys are exactly zero
+        ((1, 60, 129, 2), ODD, 1, None, True),
+        ((1, 60, 129, 2), ODD, 1, None, False),  # the gradients of queries and keys are exactly zero
+        ((1, 1, 1, 2), ODD, None, None, False),
+        ((2, 2, 2, 2), TYPICAL, None, None, False),
+        ((1, 3, 3, 1), TYPICAL, None, [0, 1, 3], True),
         ((0, 4, 4, 2), ODD, None, None, True),
         ((2, 0, 3, 2), ODD, None, None, False),
         *((sizes, widths, None, None, False) for sizes, widths in LARGE),
@@ -128,8 +133,8 @@ def test_documents_are_not_told_from_sequences() -> None:
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_sees_a_mutated_kernel(mutation: Mutation, tmp_path: Path) -> None:
-    nan = "num_queries" in mutation.wrong or "num_keys" in mutation.wrong
-    small = partial(test_obeys_the_rule, (2, 20, 70, 2), ODD, 67, None, True, torch.float32)
+    nan = mutation.wrong.endswith(("start, num_queries", "start, num_keys"))
+    small = partial(test_obeys_the_rule, (2, 20, 200, 2), ODD, 197, None, True, torch.float32)
     assert_seen("mla_attention", mutation, tmp_path, test_what_no_document_owns_is_never_read if nan else small)
 
 

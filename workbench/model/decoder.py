@@ -21,13 +21,25 @@ from workbench.model.initial import initialize
 from workbench.model.rotary import rotary_frequencies, rotation_scale
 
 
-class DecoderOutput(NamedTuple):
-    """Everything a researcher wants to see of one pass.
+class DecoderStates(NamedTuple):
+    """One pass up to what the head reads.
 
-    `logits` predict the next token; `mtp_logits[k-1]` the token k+1 ahead, from the k-th depth (shorter by k, as the
-    last k positions lack the token that the depth reads). `routing` has one entry per layer, MTP layers last, None
-    where a layer has no experts. `hidden` is the last hidden state after the final norm. `reading` has what each layer
-    with an indexer over tokens read (V3.2), MTP layers last; () of a pass with a cache.
+    `hidden` is the last hidden state after the final norm, `mtp_hidden[k-1]` that of the k-th prediction depth (shorter
+    by k, as the last k positions lack the token that the depth reads). `routing` has one entry per layer, MTP layers
+    last, None where a layer has no experts. `reading` has what each layer with an indexer over tokens read (V3.2), MTP
+    layers last; () of a pass with a cache.
+    """
+
+    hidden: Float[Tensor, "B T D"]
+    mtp_hidden: tuple[Float[Tensor, "B _ D"], ...]
+    routing: tuple[Routing | None, ...]
+    reading: tuple[SparseAttention, ...]
+
+
+class DecoderOutput(NamedTuple):
+    """Everything a researcher wants to see of one pass; the rest is as in `DecoderStates`.
+
+    `logits` predict the next token, `mtp_logits[k-1]` the token k+1 ahead.
     """
 
     logits: Float[Tensor, "B T V"]
@@ -73,7 +85,19 @@ class Decoder(nn.Module):
         *,
         lookahead: Int[Tensor, "B M"] | None = None,
     ) -> DecoderOutput:
-        """Predict from `tokens`, which follow whatever `cache` holds.
+        """Predict from `tokens`; see `states`."""
+        states = self.states(tokens, cache, lookahead=lookahead)
+        mtp_logits = tuple(self.lm_head(hidden_BTD) for hidden_BTD in states.mtp_hidden)
+        return DecoderOutput(self.lm_head(states.hidden), mtp_logits, states.routing, states.hidden, states.reading)
+
+    def states(
+        self,
+        tokens: Int[Tensor, "B T"],
+        cache: DecoderCache | None = None,
+        *,
+        lookahead: Int[Tensor, "B M"] | None = None,
+    ) -> DecoderStates:
+        """Read `tokens`, which follow whatever `cache` holds, and stop before the head: a loss needs no logits.
 
         `lookahead` holds the tokens after the last, as many as there are prediction depths: with them every depth
         predicts at all T positions; without them depth k covers T-k. With a cache no depth runs.
@@ -97,22 +121,22 @@ class Decoder(nn.Module):
             if layer_reading is not None and cache is None:
                 reading.append(layer_reading)
         hidden_BTD = self.norm(hidden if self.hc_head is None else self.hc_head(hidden))
-        mtp_logits: list[Tensor] = []
+        mtp_hidden: list[Tensor] = []
         if cache is None and len(self.mtp_layers) > 0:
             known = tokens if lookahead is None else torch.cat((tokens, lookahead), dim=1)
-            mtp_logits = self.predict_further(hidden_BTD, known, turns[len(self.layers) :], routing, reading)
-        return DecoderOutput(self.lm_head(hidden_BTD), tuple(mtp_logits), tuple(routing), hidden_BTD, tuple(reading))
+            mtp_hidden = self.read_further(hidden_BTD, known, turns[len(self.layers) :], routing, reading)
+        return DecoderStates(hidden_BTD, tuple(mtp_hidden), tuple(routing), tuple(reading))
 
-    def predict_further(
+    def read_further(
         self,
         hidden: Float[Tensor, "B T D"],
         known: Int[Tensor, "B _"],
         turns: tuple[Rotation, ...],
         routing: list[Routing | None],
         reading: list[SparseAttention],
-    ) -> list[Float[Tensor, "B _ V"]]:
-        """Logits of every further depth; appends how their layers routed to `routing`, what they read to `reading`."""
-        logits = []
+    ) -> list[Float[Tensor, "B _ D"]]:
+        """Hidden states of every further depth; appends their layers' to `routing` and `reading`."""
+        states = []
         for depth, (layer, turn) in enumerate(zip(self.mtp_layers, turns, strict=True), start=1):
             covered = min(hidden.shape[1], known.shape[1] - depth)
             if covered < 1:
@@ -120,11 +144,11 @@ class Decoder(nn.Module):
             embedding = self.embed_tokens(known[:, depth : depth + covered])
             covered_turn = Rotation(*(part[:covered] for part in turn))
             hidden, layer_routing, layer_reading = layer(hidden[:, :covered], embedding, covered_turn)
-            logits.append(self.lm_head(hidden))
+            states.append(hidden)
             routing.append(layer_routing)
             if layer_reading is not None:
                 reading.append(layer_reading)
-        return logits
+        return states
 
     def rotations(self, positions: Int[Tensor, " T"]) -> tuple[Rotation, ...]:
         """The turn at each position for every layer, MTP layers last; layers whose attention is the same share it."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.blocks.router import Routing
@@ -18,6 +17,7 @@ from workbench.text import Batch, Floors, Text, Tokenizer
 from workbench.train.events import Evaluation
 from workbench.train.losses import mtp_inside, mtp_targets
 from workbench.train.recipes import Recipe
+from workbench_kernels import linear_cross_entropy
 from workbench_kernels.tier import using
 
 
@@ -64,18 +64,25 @@ def _examine(decoder: Decoder, exam: Examination, recipe: Recipe, step: int) -> 
         tokens = torch.from_numpy(batch.tokens)
         documents = torch.from_numpy(batch.documents)
         device_tokens = tokens.to(recipe.device)
-        output = decoder(device_tokens[:, :length], lookahead=device_tokens[:, length : length + recipe.lookahead - 1])
+        lookahead = device_tokens[:, length : length + recipe.lookahead - 1]
+        states = decoder.states(device_tokens[:, :length], lookahead=lookahead)
         targets_BT = tokens[:, 1 : length + 1]
-        losses_BT = F.cross_entropy(output.logits.float().mT, targets_BT.to(recipe.device), reduction="none").cpu()
+        losses_N = linear_cross_entropy(
+            states.hidden.flatten(0, 1),
+            decoder.lm_head.weight,
+            device_tokens[:, 1 : length + 1].flatten(),
+            reduction="none",
+        )
+        losses_BT = losses_N.view(targets_BT.shape).cpu()
         corpus_B = torch.from_numpy(batch.corpus).long()
         nats_by_corpus.index_add_(0, corpus_B, losses_BT.sum(1, dtype=torch.float64))
         bytes_by_corpus.index_add_(0, corpus_B, byte_lengths_V[targets_BT].sum(1).float())
         num_tokens += targets_BT.numel()
-        loads.append(load_by_corpus(output.routing, corpus_B, num_corpora))
-        for depth, logits in enumerate(output.mtp_logits, start=1):
+        loads.append(load_by_corpus(states.routing, corpus_B, num_corpora))
+        for depth, hidden_BTD in enumerate(states.mtp_hidden, start=1):
             inside_BT = mtp_inside(documents, length, depth)
             inside_BT[:, length - depth :] = False  # the counting models' targets end with the next-token ones
-            right_BT = logits.argmax(-1).cpu() == mtp_targets(tokens, length, depth)
+            right_BT = decoder.lm_head(hidden_BTD).argmax(-1).cpu() == mtp_targets(tokens, length, depth)
             hits[depth] += float((right_BT & inside_BT).sum())
             guesses[depth] += float(inside_BT.sum())
     if not math.isfinite(float(nats_by_corpus.sum())):

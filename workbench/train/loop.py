@@ -13,7 +13,7 @@ from torch import Tensor
 from workbench.blocks.balance import updated_bias
 from workbench.blocks.mixture_of_experts import MixtureOfExperts
 from workbench.blocks.router import Router
-from workbench.model.decoder import DecoderOutput
+from workbench.model.decoder import DecoderStates
 from workbench.text import Batch, Batches, Text, load
 from workbench.train.evaluate import examine, prepare_examination
 from workbench.train.events import Change, Checkpoint, Evaluation, Event, Spike, Step
@@ -133,7 +133,7 @@ def _update(recipe: Recipe, state: TrainState, batches: Batches, byte_lengths: n
     total, num_bytes = 0.0, 0
     for part in range(recipe.accumulation_steps):
         batch = batches.batch(state.step * recipe.accumulation_steps + part)
-        terms, output = forward(recipe, state, batch)
+        terms, states = forward(recipe, state, batch)
         objective = weigh(terms, recipe) / recipe.accumulation_steps
         require_finite(float(objective.detach()), "loss", step)
         objective.backward()
@@ -141,7 +141,7 @@ def _update(recipe: Recipe, state: TrainState, batches: Batches, byte_lengths: n
         total += float(objective.detach())
         for name, value in terms.named().items():
             summed[name] = summed.get(name, 0.0) + value / recipe.accumulation_steps
-        loads = stacked_loads(output)
+        loads = stacked_loads(states)
         load_LE = loads if load_LE is None else load_LE + loads
         num_bytes += int(byte_lengths[batch.tokens[:, 1 : recipe.sequence_length + 1]].sum())
     grad_norm = float(torch.nn.utils.clip_grad_norm_(list(state.master.values()), recipe.optimizer.max_grad_norm))
@@ -172,13 +172,14 @@ def _update(recipe: Recipe, state: TrainState, batches: Batches, byte_lengths: n
     )
 
 
-def forward(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[LossTerms, DecoderOutput]:
+def forward(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[LossTerms, DecoderStates]:
     """The loss terms of one batch, and the pass that gave them."""
     length = recipe.sequence_length
     tokens = torch.from_numpy(batch.tokens).to(recipe.device)
     documents = torch.from_numpy(batch.documents).to(recipe.device)
-    output = state.decoder(tokens[:, :length], lookahead=tokens[:, length : length + recipe.lookahead - 1])
-    return loss_terms(output, tokens, documents, balance_per=balance_per(recipe)), output
+    states = state.decoder.states(tokens[:, :length], lookahead=tokens[:, length : length + recipe.lookahead - 1])
+    head = state.decoder.lm_head.weight
+    return loss_terms(states, head, tokens, documents, balance_per=balance_per(recipe)), states
 
 
 def balance_per(recipe: Recipe) -> int | None:
@@ -229,9 +230,9 @@ def gather_gradients(state: TrainState) -> None:
             parameter.grad = None
 
 
-def stacked_loads(output: DecoderOutput) -> Tensor:
+def stacked_loads(states: DecoderStates) -> Tensor:
     """Choices per expert layer and expert [L, E]."""
-    loads = [routing.load for routing in output.routing if routing is not None]
+    loads = [routing.load for routing in states.routing if routing is not None]
     return torch.stack(loads) if loads else torch.zeros(0, 0, dtype=torch.int64)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.blocks.balance import balance_loss
 from workbench.blocks.indexer_loss import indexer_loss
-from workbench.model.decoder import DecoderOutput
+from workbench.model.decoder import DecoderStates
+from workbench_kernels import linear_cross_entropy
 
 
 class LossTerms(NamedTuple):
@@ -37,7 +37,8 @@ class LossTerms(NamedTuple):
 
 
 def loss_terms(
-    output: DecoderOutput,
+    states: DecoderStates,
+    head: Float[Tensor, "V D"],
     tokens: Int[Tensor, "B _"],
     documents: Int[Tensor, "B _"],
     *,
@@ -45,27 +46,28 @@ def loss_terms(
 ) -> LossTerms:
     """All terms for T positions, of which `tokens` and `documents` hold 1 + M more (M: prediction depths).
 
+    `head` is the weight that makes logits of hidden states; they are never in memory all at once.
     `balance_per`: the number of sequences that balance is judged over: 1 the whole batch at once, B each sequence by
     itself; None leaves the term at 0. The z term is the mean squared log-partition of the next-token logits.
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.2 (MTP); PaLM, arXiv 2204.02311, section 5 (z);
     DeepSeek-V3.2-Exp report, section 2.1, equation 4 (indexer).
     """
-    length = output.logits.shape[1]
-    logits_NV = output.logits.flatten(0, 1).to(torch.promote_types(output.logits.dtype, torch.float32))
-    partition_N = logits_NV.logsumexp(-1)
-    picked_N = logits_NV.gather(1, tokens[:, 1 : length + 1].reshape(-1, 1)).squeeze(1)
+    length = states.hidden.shape[1]
+    target_N = tokens[:, 1 : length + 1].reshape(-1)
+    next_token, partition_N = linear_cross_entropy(states.hidden.flatten(0, 1), head, target_N, return_lse=True)
     mtp = tuple(
-        mtp_loss(logits_BTV, tokens, documents, depth) for depth, logits_BTV in enumerate(output.mtp_logits, start=1)
+        mtp_loss(hidden_BTD, head, tokens, documents, depth)
+        for depth, hidden_BTD in enumerate(states.mtp_hidden, start=1)
     )
     balance = torch.zeros((), device=tokens.device)
     if balance_per is not None:
-        for routing in output.routing:
+        for routing in states.routing:
             if routing is not None:
                 balance = balance + balance_loss(routing, balance_per)
-    indexer = [indexer_loss(x.index_scores, x.attention, x.selected) for x in output.reading]
+    indexer = [indexer_loss(x.index_scores, x.attention, x.selected) for x in states.reading]
     return LossTerms(
-        (partition_N - picked_N).mean(),
+        next_token,
         mtp,
         balance,
         partition_N.square().mean(),
@@ -74,13 +76,18 @@ def loss_terms(
 
 
 def mtp_loss(
-    logits: Float[Tensor, "B T V"], tokens: Int[Tensor, "B _"], documents: Int[Tensor, "B _"], depth: int
+    hidden: Float[Tensor, "B T D"],
+    head: Float[Tensor, "V D"],
+    tokens: Int[Tensor, "B _"],
+    documents: Int[Tensor, "B _"],
+    depth: int,
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of the token `depth` + 1 ahead, over positions that stay within their document."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    losses_BT = F.cross_entropy(logits.to(wide).mT, mtp_targets(tokens, logits.shape[1], depth), reduction="none")
-    inside_BT = mtp_inside(documents, logits.shape[1], depth)
-    return (losses_BT * inside_BT).sum() / inside_BT.sum().clamp(min=1)
+    length = hidden.shape[1]
+    inside_BT = mtp_inside(documents, length, depth)
+    target_BT = mtp_targets(tokens, length, depth).masked_fill(~inside_BT, -100)
+    total = linear_cross_entropy(hidden.flatten(0, 1), head, target_BT.flatten(), reduction="sum")
+    return total / inside_BT.sum().clamp(min=1)
 
 
 def mtp_targets(tokens: Int[Tensor, "B _"], length: int, depth: int) -> Int[Tensor, "B T"]:

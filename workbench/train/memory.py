@@ -18,6 +18,7 @@ from workbench.model.config import (
 from workbench.model.count import parameters
 from workbench.train.recipes import Recipe
 from workbench_kernels.causal_attention import LONGEST_KEPT
+from workbench_kernels.linear_cross_entropy import WORKSPACE_BYTES
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -35,8 +36,15 @@ def estimate_bytes(recipe: Recipe) -> int:
     layers = (*recipe.model.layers, *recipe.model.mtp_layers)
     per_token = sum(kept_numbers_per_token(layer, recipe.model.hidden_size) for layer in layers) * compute_bytes
     per_token += sum(kept_weights_per_query(layer, recipe.sequence_length) for layer in layers) * compute_bytes
-    logits = 3 * 4 * recipe.model.vocab_size * recipe.lookahead
-    return weights + recipe.sequence_length * recipe.batch_size * (per_token + logits)
+    num_tokens = recipe.sequence_length * recipe.batch_size
+    return weights + num_tokens * per_token + logits_bytes(recipe.model.vocab_size * num_tokens, recipe)
+
+
+def logits_bytes(num_logits: int, recipe: Recipe) -> int:
+    """What the loss keeps of each depth's logits: the definition all of them, three times; other forms a chunk."""
+    if recipe.impl == "reference":
+        return 3 * 4 * num_logits * recipe.lookahead
+    return min(WORKSPACE_BYTES, 4 * num_logits)
 
 
 def kept_weights_per_query(layer: LayerConfig, sequence_length: int) -> int:

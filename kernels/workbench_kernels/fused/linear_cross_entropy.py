@@ -38,7 +38,7 @@ def stride_for(vocabulary: int) -> int:
 def forward(input: Tensor, linear_weight: Tensor, target: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """Return the loss of every token [N] in float32, and the logarithm of its sum of exponentials [N] in float64.
 
-    Both are NaN for a target that is neither in the vocabulary nor ignored.
+    Both are 0 for an ignored target, and NaN for one that is not in the vocabulary.
     """
     check_dtype(input.dtype)
     vocabulary = len(linear_weight)
@@ -55,6 +55,7 @@ def forward(input: Tensor, linear_weight: Tensor, target: Tensor, terms: Terms) 
 
 def backward(
     grad: Tensor,
+    grad_lse: Tensor,
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -63,14 +64,15 @@ def backward(
     for_input: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of input and weight, empty where none is asked for; grad [N] is in float32."""
+    """Return the gradients of input and weight, empty where none is asked for; those given are [N]."""
     check_dtype(input.dtype)
+    grad, grad_lse = (x.to(torch.float32).contiguous() for x in (grad, grad_lse))
     vocabulary = len(linear_weight)
     launch = launch_for(vocabulary)
     grad_input, total = gradients(input, linear_weight, for_input, for_weight)
     for rows, logits in _logits(input, linear_weight):
         linear_cross_entropy_bwd_kernel[(len(logits), cdiv(vocabulary, launch.block_v))](
-            logits, target[rows], lse[rows], grad[rows], *terms,
+            logits, target[rows], lse[rows], grad[rows], grad_lse[rows], *terms,
             vocabulary, logits.stride(0), launch.block_v,
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
@@ -103,7 +105,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def cases(kind: str) -> list[Case]:
     """Every block that the launcher chooses: one filled in part; several, of which the last is filled or not."""
     tensors = {"logits_ptr": f"*{kind}", "target_ptr": "*i64", "lse_ptr": "*fp64"}
-    tensors |= {"ignore_index": "i32", "label_smoothing": "fp32", "z_loss": "fp32"}
+    tensors |= {"ignore_index": "i32", "label_smoothing": "fp32"}
     found = []
     for vocabulary in (1_000, 50_257, 131_072):
         launch = launch_for(vocabulary)
@@ -114,14 +116,14 @@ def cases(kind: str) -> list[Case]:
             constants = shape | {"SMOOTHED": smoothed}
             found.append(Case(name, linear_cross_entropy_fwd_kernel, arguments, constants, launch.num_warps))
         name = f"linear_cross_entropy_bwd_kernel V={vocabulary}"
-        arguments = tensors | {"grad_ptr": "*fp32"}
+        arguments = tensors | {"grad_ptr": "*fp32", "grad_lse_ptr": "*fp32"}
         found.append(Case(name, linear_cross_entropy_bwd_kernel, arguments, shape, launch.num_warps))
     return found
 
 
 @triton.jit
 def linear_cross_entropy_fwd_kernel(
-    logits_ptr, target_ptr, loss_ptr, lse_ptr, ignore_index, label_smoothing, z_loss,
+    logits_ptr, target_ptr, loss_ptr, lse_ptr, ignore_index, label_smoothing,
     SMOOTHED: tl.constexpr, V: tl.constexpr, STRIDE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -145,17 +147,16 @@ def linear_cross_entropy_fwd_kernel(
     named = (target >= 0) & (target < V)
     chosen = tl.load(row_ptr + target, mask=named, other=0.0).to(tl.float32)
     log_total = tl.where(named | ignored, tl.log(total), float("nan"))
-    lse = maximum + log_total
-    loss = log_total + (maximum - chosen) + z_loss * lse * lse
+    loss = log_total + (maximum - chosen)
     if SMOOTHED:
         loss += label_smoothing * (chosen - summed / V)
     tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss))
-    tl.store(lse_ptr + row, tl.cast(maximum, tl.float64) + log_total)
+    tl.store(lse_ptr + row, tl.where(ignored, 0.0, tl.cast(maximum, tl.float64) + log_total))
 
 
 @triton.jit
 def linear_cross_entropy_bwd_kernel(
-    logits_ptr, target_ptr, lse_ptr, grad_ptr, ignore_index, label_smoothing, z_loss,
+    logits_ptr, target_ptr, lse_ptr, grad_ptr, grad_lse_ptr, ignore_index, label_smoothing,
     V: tl.constexpr, STRIDE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -167,11 +168,12 @@ def linear_cross_entropy_bwd_kernel(
     lse = precise.to(tl.float32)
     rest = (precise - lse).to(tl.float32)  # what lse has lost to rounding
     grad = tl.load(grad_ptr + row)
+    pull = tl.load(grad_lse_ptr + row)
 
     logits = tl.load(logits_ptr + offset, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_V]
     softmax = tl.exp(logits - lse - rest)
     wanted = tl.where(column == target, 1.0 - label_smoothing, 0.0) + label_smoothing / V
-    grad_logits = grad * (softmax - wanted + 2.0 * z_loss * lse * softmax)
+    grad_logits = grad * (softmax - wanted) + pull * softmax
     # Chosen and not multiplied: an ignored token gives zero though its grad is infinite, as that of an empty mean is.
     grad_logits = tl.where(target == ignore_index, 0.0, grad_logits)
     tl.store(logits_ptr + offset, grad_logits.to(logits_ptr.dtype.element_ty), mask=inside)
