@@ -44,7 +44,7 @@ LARGE = {
     ("gfx942", 2): Launch(128, 128, 32, 8, 2),
     ("sm_80", 4): Launch(64, 64, 32, 8, 3),
     ("sm_90", 4): Launch(64, 64, 32, 4, 3),
-    ("sm_100", 4): Launch(64, 64, 32, 4, 2),
+    ("sm_100", 4): Launch(64, 64, 16, 4, 2),
     ("gfx942", 4): Launch(64, 64, 32, 4, 2),
 }
 # Rows that do not begin at multiples of 16 bytes are loaded number by number, which takes a register for each mask.

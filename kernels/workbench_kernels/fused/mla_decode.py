@@ -44,9 +44,12 @@ class Launch:
 
 # Rows, tokens, columns of a score product and warps, found by compiling: the most that neither spills nor overflows
 # shared memory. Where a score product is cut, its operands would not fit the registers whole.
+# Triton 3.9 keeps more in registers than 3.7 and leaves room for fewer tokens.
+_ROOMY = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 FEW = {"sm_80": (16, 64, 512, 8), "sm_90": (16, 64, 512, 8), "sm_100": (16, 64, 512, 8), "gfx942": (16, 16, 512, 4)}
 MANY = {"sm_80": (32, 64, 512, 8), "sm_90": (64, 64, 512, 8), "sm_100": (64, 32, 512, 8), "gfx942": (32, 16, 512, 4)}
-MANY_SCATTERED = MANY | {"sm_90": (64, 32, 512, 8)}
+MANY |= {} if _ROOMY else {"sm_90": (64, 16, 512, 8)}
+MANY_SCATTERED = MANY | ({"sm_90": (64, 32, 512, 8)} if _ROOMY else {})
 MANY_FLOAT8 = MANY | {"sm_80": (16, 64, 512, 8), "sm_90": (64, 32, 128, 8), "sm_100": (64, 32, 64, 8)}
 FLOAT32 = dict.fromkeys(SHARED_LIMIT, (16, 16, 32, 8)) | {"gfx942": (16, 16, 32, 4)}
 SMALL = dict.fromkeys(SHARED_LIMIT, (16, 32, 64, 8))  # widths that vector loads cannot read, or narrow float32
