@@ -99,9 +99,10 @@ def test_absorbed_equals_naive(queries: int, keys: int) -> None:
         return torch.randn(*shape, dtype=torch.float64, generator=draw)
 
     query = LatentQuery(normal(2, queries, 3, 5), normal(2, queries, 3, 4))
-    arguments = (query, normal(2, keys, 7), normal(2, keys, 4), normal(3, 5 + 9, 7))
+    latent, key_rope, up = normal(2, keys, 7), normal(2, keys, 4), normal(3, 5 + 9, 7)
+    absorbed = absorbed_attention(query, torch.cat((latent, key_rope), dim=-1), up, scale=0.3)
     torch.testing.assert_close(
-        absorbed_attention(*arguments, scale=0.3), naive_attention(*arguments, scale=0.3), rtol=1e-12, atol=1e-12
+        absorbed, naive_attention(query, latent, key_rope, up, scale=0.3), rtol=1e-12, atol=1e-12
     )
 
 

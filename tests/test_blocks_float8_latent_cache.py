@@ -46,10 +46,11 @@ def test_tokens_in_parts_are_the_same_tokens() -> None:
     latent, key = torch.randn(2, 9, 70), torch.randn(2, 9, 6)
     place = {"kv_lora_rank": 70, "qk_rope_head_dim": 6, "device": torch.device("cpu")}
     whole, parts = Float8LatentCache(2, 9, **place), Float8LatentCache(2, 9, **place)
-    expected = whole.append(latent, key)
+    whole.append(latent, key)
     parts.append(latent[:, :6], key[:, :6])
     parts.truncate(4)
-    found = parts.append(latent[:, 4:], key[:, 4:])
+    parts.append(latent[:, 4:], key[:, 4:])
+    expected, found = whole.parts(torch.float32), parts.parts(torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert found[0].dtype == torch.float32 and not torch.equal(found[0], latent)
     with pytest.raises(ValueError, match="the cache holds max_length=9 tokens"):

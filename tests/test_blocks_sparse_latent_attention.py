@@ -197,7 +197,7 @@ def test_where_all_scores_are_equal_the_first_keys_are_read() -> None:
     # What the last query does not select it does not touch: no number in its place changes nothing.
     cache = new_cache(17)
     block(x[:, :16], turn(0, 16), cache)
-    cache.latents.latent[:, 4:16], cache.latents.key_rope[:, 4:16] = torch.nan, torch.nan
+    cache.latents.kept[:, 4:16] = torch.nan
     last = block(x[:, 16:], turn(16, 1), cache)
     torch.testing.assert_close(last.hidden, output.hidden[:, 16:], rtol=1e-12, atol=1e-12)
 

@@ -13,7 +13,7 @@ from latent_caches import SCALE, Decoding, assert_decodes, decoding
 from torch import Tensor
 
 from workbench.blocks.float8_latent_cache import Float8LatentCache
-from workbench.blocks.latent_attention import LatentQuery, absorbed_attention
+from workbench.blocks.latent_attention import LatentQuery, absorbed_attention, naive_attention
 from workbench_kernels import Float8Cache, mla_decode
 from workbench_kernels.mla_decode import fits_twin, reference
 from workbench_kernels.tier import resolve
@@ -77,20 +77,16 @@ def test_parts_over_other_tokens_merge_by_lse() -> None:
 
 
 def test_agrees_with_what_the_model_decodes() -> None:
-    """`absorbed_attention` on a float8 cache: the same tensors, the up-projections outside of the op."""
+    """A float8 cache read by the op, the up-projections outside of it, and decompressed for `naive_attention`."""
     torch.manual_seed(0)
     num_heads, key_width, value_width, latent_width, rope_width = 4, 6, 5, 140, 8
     cache = Float8LatentCache(2, 12, kv_lora_rank=latent_width, qk_rope_head_dim=rope_width, device=torch.device("cpu"))
-    latent, key_rope = cache.append(torch.randn(2, 9, latent_width), torch.randn(2, 9, rope_width))
+    cache.append(torch.randn(2, 9, latent_width), torch.randn(2, 9, rope_width))
     up = torch.randn(num_heads, key_width + value_width, latent_width)
     query = LatentQuery(torch.randn(2, 3, num_heads, key_width), torch.randn(2, 3, num_heads, rope_width))
-    expected = absorbed_attention(query, latent, key_rope, up, scale=0.1)
-    found = mla_decode(
-        torch.einsum("bthk,hkc->bthc", query.nope, up[:, :key_width]), query.rope,
-        Float8Cache(cache.latent, cache.scale, cache.key_rope),
-        cache_seqlens=torch.full((2,), cache.length, dtype=torch.int32), softmax_scale=0.1,
-    )  # fmt: skip
-    torch.testing.assert_close(torch.einsum("bthc,huc->bthu", found.out, up[:, key_width:]), expected)
+    found = absorbed_attention(query, cache.packed(torch.float32), up, scale=0.1)
+    expected = naive_attention(query, *cache.parts(torch.float32), up, scale=0.1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_takes_any_strides() -> None:

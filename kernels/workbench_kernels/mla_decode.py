@@ -171,37 +171,65 @@ def forward(
     cache_seqlens: Tensor,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The fast torch form: torch's blockwise attention of M rows over one key, which is its own value.
-
-    The value is then R numbers too wide, which costs less than a second tensor. Sequences of one length go together.
-    """
+    """The fast torch form: the M rows of a sequence read one key, which is its own value; equal lengths go together."""
     num_sequences, num_queries, num_heads, latent_width = q_nope.shape
-    query_BMW = torch.cat((q_nope, q_rope), dim=-1).flatten(1, 2)
-    out = torch.zeros(q_nope.shape, dtype=q_nope.dtype)
-    lse = torch.full(q_nope.shape[:3], -torch.inf, dtype=torch.promote_types(q_nope.dtype, torch.float32))
-    out_BMC, lse_BM = out.flatten(1, 2), lse.flatten(1)
     lengths = lengths_of(kv_cache, block_table, cache_seqlens)
+    wide = torch.promote_types(q_nope.dtype, torch.float32)
+    if 0 in q_nope.shape[:3]:
+        return torch.zeros_like(q_nope), q_nope.new_zeros(q_nope.shape[:3], dtype=wide)
+    query_BMW, parts = torch.cat((q_nope, q_rope), dim=-1).flatten(1, 2), []
     together = num_sequences if len(set(lengths)) == 1 else 1
     for b in range(0, num_sequences, together):
-        sequences, length = slice(b, b + together), lengths[b]
-        first = max(0, num_queries - length)  # queries before it see nothing
-        rows = slice(first * num_heads, None)
-        if first * num_heads == query_BMW.shape[1]:
-            continue
-        kv_B1SW = tokens(kv_cache, block_table, sequences, length, q_nope.dtype).unsqueeze(1)
-        if kv_B1SW.stride(-1) != 1:  # what is called below takes it for granted
-            kv_B1SW = kv_B1SW.contiguous()
-        mask_MS = None
-        if num_queries - first > 1:
-            hidden_TS = hidden(num_queries - first, length, q_nope.device)
-            mask_TS = q_nope.new_zeros(hidden_TS.shape).masked_fill_(hidden_TS, -torch.inf)
-            mask_MS = mask_TS.repeat_interleave(num_heads, dim=0)
-        mixed_B1MW, lse_B1M = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query_BMW[sequences, rows].unsqueeze(1), kv_B1SW, kv_B1SW, attn_mask=mask_MS, scale=softmax_scale
-        )
-        out_BMC[sequences, rows] = mixed_B1MW[:, 0, :, :latent_width]
-        lse_BM[sequences, rows] = lse_B1M[:, 0]
-    return out, lse
+        kv_BSW = tokens(kv_cache, block_table, slice(b, b + together), lengths[b], q_nope.dtype)
+        parts.append(_attend_to_last(query_BMW[b : b + together], kv_BSW, num_queries, softmax_scale))
+    mixed_BMW, lse_BM = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    out = mixed_BMW[..., :latent_width].unflatten(1, (num_queries, num_heads))
+    return out.contiguous(), lse_BM.unflatten(1, (num_queries, num_heads))
+
+
+def _attend_to_last(query: Tensor, kv: Tensor, num_queries: int, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """[B, M, W] and [B, M] of query [B, M, W], rows of the last `num_queries` tokens of kv [B, S, W]."""
+    num_rows, length = query.shape[1], kv.shape[1]
+    early = max(0, num_queries - length) * (num_rows // num_queries)  # rows before the first token see nothing
+    attend = _attend_by_blocks if query.itemsize == 2 else _attend
+    if early == 0:
+        return attend(query, kv, hidden_rows(num_queries, num_rows, length, query), softmax_scale)
+    mixed, wide = torch.zeros_like(query), torch.promote_types(query.dtype, torch.float32)
+    lse = query.new_full(query.shape[:2], -torch.inf, dtype=wide)
+    if early < num_rows:
+        mask_MS = hidden_rows(length, num_rows - early, length, query)
+        mixed[:, early:], lse[:, early:] = attend(query[:, early:], kv, mask_MS, softmax_scale)
+    return mixed, lse
+
+
+def hidden_rows(num_queries: int, num_rows: int, length: int, like: Tensor) -> Tensor | None:
+    """[M, S], what is added to logits: minus infinity where a token comes after the row's query. None: nowhere."""
+    if num_queries == 1:
+        return None
+    hidden_TS = hidden(num_queries, length, like.device)
+    mask_TS = like.new_zeros(hidden_TS.shape).masked_fill_(hidden_TS, -torch.inf)
+    return mask_TS.repeat_interleave(num_rows // num_queries, dim=0)
+
+
+def _attend(query: Tensor, kv: Tensor, mask: Tensor | None, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """[B, M, W] and [B, M] of query [B, M, W] and kv [B, S, W]; `mask` [M, S] is added to the logits."""
+    logits_BMS = torch.bmm(query, kv.mT).mul_(softmax_scale)
+    if mask is not None:
+        logits_BMS += mask
+    log_weights_BMS = logits_BMS.log_softmax(-1)
+    lse_BM = logits_BMS[..., 0] - log_weights_BMS[..., 0]  # every row sees the first token
+    return torch.bmm(log_weights_BMS.exp_(), kv), lse_BM
+
+
+def _attend_by_blocks(query: Tensor, kv: Tensor, mask: Tensor | None, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """The same by torch's flash form, which keeps products of 16 bits in float32; its statistics are float32."""
+    kv_B1SW = kv.unsqueeze(1)
+    if kv_B1SW.stride(-1) != 1:  # what is called below takes it for granted
+        kv_B1SW = kv_B1SW.contiguous()
+    mixed_B1MW, lse_B1M = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.unsqueeze(1), kv_B1SW, kv_B1SW, attn_mask=mask, scale=softmax_scale
+    )
+    return mixed_B1MW[:, 0], lse_B1M[:, 0]
 
 
 @torch.library.custom_op("workbench_kernels::mla_decode", mutates_args=())

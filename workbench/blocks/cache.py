@@ -53,7 +53,7 @@ class KeyValueCache:
 
 
 class LatentCache:
-    """The normed latent and the rotated key shared by all heads: C + R numbers per token.
+    """The normed latent and the rotated key shared by all heads, side by side: C + R numbers per token.
 
     Raises:
         ValueError: more tokens are appended than `max_length`.
@@ -71,19 +71,24 @@ class LatentCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.latent = torch.zeros(batch_size, max_length, kv_lora_rank, dtype=dtype, device=device)
-        self.key_rope = torch.zeros(batch_size, max_length, qk_rope_head_dim, dtype=dtype, device=device)
+        self.widths = (kv_lora_rank, qk_rope_head_dim)
+        self.kept = torch.zeros(batch_size, max_length, sum(self.widths), dtype=dtype, device=device)
         self.length = 0
 
-    def append(
-        self, latent: Float[Tensor, "B T C"], key_rope: Float[Tensor, "B T R"]
-    ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"]]:
-        """Store latent and shared key of the next T tokens; returns those of all tokens so far."""
-        end = room_for(latent, self.latent, self.length)
-        self.latent[:, self.length : end] = latent
-        self.key_rope[:, self.length : end] = key_rope
+    def append(self, latent: Float[Tensor, "B T C"], key_rope: Float[Tensor, "B T R"]) -> None:
+        """Store latent and shared key of the next T tokens."""
+        end = room_for(latent, self.kept, self.length)
+        self.kept[:, self.length : end] = torch.cat((latent, key_rope), dim=-1)
         self.length = end
-        return self.latent[:, :end].to(latent.dtype), self.key_rope[:, :end].to(key_rope.dtype)
+
+    def packed(self, dtype: torch.dtype) -> Float[Tensor, "B S width"]:
+        """Latent and shared key of all tokens so far, as `mla_decode` reads them."""
+        return self.kept[:, : self.length].to(dtype)
+
+    def parts(self, dtype: torch.dtype) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"]]:
+        """Latent and shared key of all tokens so far, each by itself."""
+        latent_BSC, key_rope_BSR = self.packed(dtype).split(self.widths, dim=-1)
+        return latent_BSC, key_rope_BSR
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -92,7 +97,7 @@ class LatentCache:
     @property
     def nbytes(self) -> int:
         """Bytes that the tensors occupy."""
-        return self.latent.nbytes + self.key_rope.nbytes
+        return self.kept.nbytes
 
 
 def kept_of(length: int, kept: int) -> int:

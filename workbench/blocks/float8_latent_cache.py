@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.blocks.cache import kept_of, room_for
+from workbench_kernels import Float8Cache
 from workbench_kernels.quantize_blockwise import FP8, WIDTH, dequantize, quantize_blockwise
 
 
@@ -15,7 +16,7 @@ class Float8LatentCache:
 
     A block's scale takes its largest number to the largest of FP8 (448). A number is off by at most a sixteenth of
     itself, or by 2^-10 scales where it is so small that FP8 has no normal form for it. What is handed back has the
-    dtype of what came in.
+    dtype that is asked for.
 
     Raises:
         ValueError: more tokens are appended than `max_length`.
@@ -32,16 +33,21 @@ class Float8LatentCache:
         self.key_rope = torch.zeros(*shape, qk_rope_head_dim, dtype=torch.bfloat16, device=device)
         self.length = 0
 
-    def append(
-        self, latent: Float[Tensor, "B T C"], key_rope: Float[Tensor, "B T R"]
-    ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"]]:
-        """Store latent and shared key of the next T tokens; returns those of all tokens so far, rounded."""
+    def append(self, latent: Float[Tensor, "B T C"], key_rope: Float[Tensor, "B T R"]) -> None:
+        """Store latent and shared key of the next T tokens, rounded."""
         end = room_for(latent, self.latent, self.length)
         self.latent[:, self.length : end], self.scale[:, self.length : end] = quantize_blockwise(latent)
         self.key_rope[:, self.length : end] = key_rope
         self.length = end
-        latents_BSC = dequantize(self.latent[:, :end], self.scale[:, :end])
-        return latents_BSC.to(latent.dtype), self.key_rope[:, :end].to(key_rope.dtype)
+
+    def packed(self, dtype: torch.dtype) -> Float8Cache:
+        """All tokens so far as `mla_decode` reads them, in whatever `dtype` it computes."""
+        return Float8Cache(*(part[:, : self.length] for part in (self.latent, self.scale, self.key_rope)))
+
+    def parts(self, dtype: torch.dtype) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"]]:
+        """Latent and shared key of all tokens so far, each by itself."""
+        latent, scale, key_rope = self.packed(dtype)
+        return dequantize(latent, scale).to(dtype), key_rope.to(dtype)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""

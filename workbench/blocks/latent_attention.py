@@ -13,7 +13,7 @@ from workbench.blocks.cache import LatentCache
 from workbench.blocks.float8_latent_cache import Float8LatentCache
 from workbench.blocks.norm import RMSNorm
 from workbench.blocks.rope import Rotation
-from workbench_kernels.causal_attention import visible
+from workbench_kernels import Float8Cache, mla_decode
 from workbench_kernels.mla_attention import join_by_head, mla_attention
 
 
@@ -95,12 +95,16 @@ class LatentAttention(LatentProjections):
         self, x: Float[Tensor, "B T D"], turn: Rotation, cache: LatentCache | Float8LatentCache | None = None
     ) -> Float[Tensor, "B T D"]:
         query = self.query(self.compressed_query(x), turn)
-        latent_BSC, key_rope_BSR = self.latent(x, turn)
+        latent_BTC, key_rope_BTR = self.latent(x, turn)
+        up, scale = self.up(), self.softmax_scale
         if cache is not None:
-            latent_BSC, key_rope_BSR = cache.append(latent_BSC, key_rope_BSR)
-        # A single new token is cheaper to match against the latents than to decompress the whole past for.
-        attend = absorbed_attention if latent_BSC.shape[1] > x.shape[1] == 1 else naive_attention
-        mixed_BTHU = attend(query, latent_BSC, key_rope_BSR, self.up(), scale=self.softmax_scale)
+            cache.append(latent_BTC, key_rope_BTR)
+        if cache is None:
+            mixed_BTHU = naive_attention(query, latent_BTC, key_rope_BTR, up, scale=scale)
+        elif x.shape[1] == 1:  # cheaper to match against the latents than to decompress the whole past for
+            mixed_BTHU = absorbed_attention(query, cache.packed(x.dtype), up, scale=scale)
+        else:
+            mixed_BTHU = naive_attention(query, *cache.parts(x.dtype), up, scale=scale)
         return self.o_proj(mixed_BTHU.flatten(-2))
 
 
@@ -139,28 +143,19 @@ def _by_content(
 
 
 def absorbed_attention(
-    query: LatentQuery,
-    latent: Float[Tensor, "B S C"],
-    key_rope: Float[Tensor, "B S R"],
-    up: Float[Tensor, "H X C"],
-    *,
-    scale: float,
+    query: LatentQuery, kv_cache: Float[Tensor, "B S width"] | Float8Cache, up: Float[Tensor, "H X C"], *, scale: float
 ) -> Float[Tensor, "B T H U"]:
     """The same attention without decompressing: the up-projections move over to the query and to the mixed latent.
 
-    All heads then read one shared key/value of width C + R, as in multi-query attention.
+    All heads then read one shared key/value of width C + R, as in multi-query attention; of latents and positional
+    keys side by side, or in FP8.
     """
-    num_sequences, num_queries, num_heads, key_width = query.nope.shape
+    num_sequences, num_queries, _, key_width = query.nope.shape
     up_key_HKC, up_value_HUC = up.split((key_width, up.shape[1] - key_width), dim=1)
     query_HNC = torch.bmm(query.nope.flatten(0, 1).transpose(0, 1), up_key_HKC)
-    # The heads of all queries stand in line before the one key/value, as T * H queries of one head.
-    query_BTC = query_HNC.unflatten(1, (num_sequences, num_queries)).permute(1, 2, 0, 3).flatten(1, 2)
-    by_position_BTS = torch.bmm(query.rope.flatten(1, 2), key_rope.mT)
-    scores_BTS = torch.baddbmm(by_position_BTS, query_BTC, latent.mT, beta=scale, alpha=scale)
-    if num_queries > 1:
-        hidden_TS = ~visible(num_queries, latent.shape[1], latent.device)
-        scores_BTS = scores_BTS.masked_fill(hidden_TS.repeat_interleave(num_heads, dim=0), -torch.inf)
-    statistics = torch.promote_types(scores_BTS.dtype, torch.float32)
-    mixed_BTC = torch.bmm(scores_BTS.softmax(-1, dtype=statistics).to(latent.dtype), latent)
-    mixed_HNC = mixed_BTC.unflatten(1, (num_queries, num_heads)).flatten(0, 1).transpose(0, 1)
+    query_BTHC = query_HNC.unflatten(1, (num_sequences, num_queries)).permute(1, 2, 0, 3)
+    kept = kv_cache.latent if isinstance(kv_cache, Float8Cache) else kv_cache
+    cache_seqlens = torch.full((num_sequences,), kept.shape[1], dtype=torch.int32, device=kept.device)
+    mixed_BTHC, _ = mla_decode(query_BTHC, query.rope, kv_cache, cache_seqlens=cache_seqlens, softmax_scale=scale)
+    mixed_HNC = mixed_BTHC.flatten(0, 1).transpose(0, 1)
     return torch.bmm(mixed_HNC, up_value_HUC.mT).transpose(0, 1).unflatten(0, (num_sequences, num_queries))

@@ -196,9 +196,9 @@ class SparseLatentCache:
     ) -> tuple[Float[Tensor, "B S C"], Float[Tensor, "B S R"], Float[Tensor, "B S K"]]:
         """Store what belongs to the next T tokens; returns what belongs to all tokens so far."""
         first = self.length
-        latents = self.latents.append(latent, key_rope)
+        self.latents.append(latent, key_rope)
         self.index_key[:, first : self.length] = index_key
-        return *latents, self.index_key[:, : self.length].to(index_key.dtype)
+        return *self.latents.parts(latent.dtype), self.index_key[:, : self.length].to(index_key.dtype)
 
     @property
     def nbytes(self) -> int:
