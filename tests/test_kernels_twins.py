@@ -19,8 +19,8 @@ from workbench_kernels.tier import FUSED_OPS
 TWINS = Path(__file__).parent / "twins"
 
 
-def assert_passes(op: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TWINS / f"{op}.py"]
+def assert_passes(file: Path, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
     }
@@ -31,14 +31,19 @@ def assert_passes(op: str, **environment: str) -> None:
 
 @pytest.mark.parametrize("op", sorted(FUSED_OPS))
 def test_passes_in_the_interpreter(op: str) -> None:
-    assert_passes(op, TRITON_INTERPRET="1")
+    assert_passes(TWINS / f"{op}.py", TRITON_INTERPRET="1")
+
+
+def test_a_run_passes_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    assert_passes(TWINS.parent / "run_by_twins.py", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA or ROCm device")
 @pytest.mark.parametrize("op", sorted(FUSED_OPS))
 def test_passes_on_a_gpu(op: str) -> None:
-    assert_passes(op)
+    assert_passes(TWINS / f"{op}.py")
 
 
 def test_every_twin_has_its_file() -> None:

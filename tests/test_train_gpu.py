@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("impl", ["auto", "fused"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_on_a_gpu_trains_resumes_and_writes(tmp_path: Path, dtype: str) -> None:
-    recipe = replace(tiny_recipe(), device="cuda", dtype=dtype, steps=6, checkpoint_every=3)
+def test_a_run_on_a_gpu_trains_resumes_and_writes(tmp_path: Path, dtype: str, impl: Literal["auto", "fused"]) -> None:
+    recipe = replace(tiny_recipe(), device="cuda", dtype=dtype, steps=6, checkpoint_every=3, impl=impl)
     text = load(recipe.text, recipe.tokenizer)
     assert live.start(recipe, tmp_path / "run", text=text).wait(300) == "finished"
     assert live.resume(tmp_path / "run", text=text, steps=12).wait(300) == "finished"

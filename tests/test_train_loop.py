@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from published_models import BUILT
-from tiny import tiny_recipe
+from tiny import sparse_recipe, tiny_recipe
 
-from workbench.model.config import LatentAttention, SparseLatentAttention
+from workbench.model.config import SparseLatentAttention
 from workbench.text import BytePairs
 from workbench.train.events import Change, Checkpoint, Evaluation, Event, Spike, Step
 from workbench.train.loop import apply_change, due_after, train
@@ -201,19 +201,6 @@ def test_resuming_from_parts_continues_bitwise(balance) -> None:
     resumed = list(train(recipe, TrainState.from_parts(recipe, *saved)))
     assert losses_of(resumed) == losses_of(events)[3:]
     np.testing.assert_array_equal(steps_of(resumed)[-1].bias_LE, steps_of(events)[-1].bias_LE)
-
-
-def sparse_recipe(**changes: object) -> Recipe:
-    """Two layers and a prediction layer with sparse attention that reads 6 of at most 32 tokens."""
-    recipe = tiny_recipe(steps=6, batch_size=8, sequence_length=24)
-    latent = recipe.model.layers[0].attention
-    assert isinstance(latent, LatentAttention)
-    sparse = SparseLatentAttention(latent=latent, index_n_heads=3, index_head_dim=8, index_topk=6)
-    stacks = {
-        name: tuple(replace(layer, attention=sparse) for layer in getattr(recipe.model, name))
-        for name in ("layers", "mtp_layers")
-    }
-    return replace(recipe, model=replace(recipe.model, **stacks), **changes)
 
 
 def compressed_recipe() -> Recipe:

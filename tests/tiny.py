@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from workbench.model.config import LatentAttention, SparseLatentAttention
 from workbench.text import InductionTask, Mixture, ModularArithmeticTask
 from workbench.train.optimizer import AdamW
 from workbench.train.recipes import Recipe, v3_style
@@ -40,3 +41,16 @@ def tiny_recipe(**changes: object) -> Recipe:
         num_threads=1,
     )
     return replace(recipe, **changes)
+
+
+def sparse_recipe(**changes: object) -> Recipe:
+    """Two layers and a prediction layer with sparse attention that reads 6 of at most 32 tokens."""
+    recipe = tiny_recipe(steps=6, batch_size=8, sequence_length=24)
+    latent = recipe.model.layers[0].attention
+    assert isinstance(latent, LatentAttention)
+    sparse = SparseLatentAttention(latent=latent, index_n_heads=3, index_head_dim=8, index_topk=6)
+    stacks = {
+        name: tuple(replace(layer, attention=sparse) for layer in getattr(recipe.model, name))
+        for name in ("layers", "mtp_layers")
+    }
+    return replace(recipe, model=replace(recipe.model, **stacks), **changes)

@@ -150,7 +150,7 @@ def backward(
     grad_k_rope = grad.new_empty(num_sequences, num_heads, num_keys, rope_width, dtype=torch.float32)
     grad_value = grad.new_empty(num_sequences, num_keys, num_heads, value_width)
     delta, num_rows = torch.empty_like(lse), lse.numel()
-    sizes = softmax_scale, num_queries, num_keys, softmax_scale * LOG2_E, int(sinks is not None)
+    sizes = softmax_scale, num_queries, num_keys, softmax_scale * LOG2_E
     rows = PREPROCESS_TILE // value_width
     mla_attention_bwd_preprocess_kernel[(cdiv(num_rows, rows),)](
         grad, out, delta, num_queries, num_rows, num_heads, rows, value_width,
@@ -422,7 +422,7 @@ def mla_attention_bwd_preprocess_kernel(
 def mla_attention_bwd_key_value_kernel(
     grad_ptr, q_nope_ptr, q_rope_ptr, k_nope_ptr, k_rope_ptr, value_ptr, oldest_ptr, stop_ptr, length_ptr, lse_ptr,
     delta_ptr, grad_k_nope_ptr, grad_k_rope_ptr, grad_value_ptr, scale,
-    num_queries, num_keys, scale_log2, has_sinks,
+    num_queries, num_keys, scale_log2,
     H: tl.constexpr, Q_NOPE_T: tl.constexpr, Q_NOPE_H: tl.constexpr, Q_ROPE_T: tl.constexpr, Q_ROPE_H: tl.constexpr,
     K_NOPE_T: tl.constexpr, K_NOPE_H: tl.constexpr, K_ROPE_T: tl.constexpr,
     VALUE_T: tl.constexpr, VALUE_H: tl.constexpr, PRECISION: tl.constexpr,
@@ -455,7 +455,6 @@ def mla_attention_bwd_key_value_kernel(
         query = start + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         owned = query < end
         oldest = tl.load(oldest_ptr + past + query, mask=owned, other=num_keys)
-        alone = (oldest == past + query) & (has_sinks == 0)  # its weight is 1, whatever the score
         lse = tl.load(lse_ptr + row * num_queries + query, mask=owned, other=0.0)
         delta = tl.load(delta_ptr + row * num_queries + query, mask=owned, other=0.0)
         q_nope = _rows(q_nope_ptr, start, end, Q_NOPE_T, BLOCK_T, BLOCK_K)
@@ -468,7 +467,6 @@ def mla_attention_bwd_key_value_kernel(
         grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
         grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION)  # [BLOCK_S, BLOCK_T]
         grad_scores = (weights * (grad_weights - delta[None, :])).to(grad.dtype)
-        grad_scores = tl.where(alone[None, :], 0.0, grad_scores)
         grad_k_nope = tl.dot(grad_scores, q_nope, grad_k_nope, input_precision=PRECISION)
         grad_k_rope = tl.dot(grad_scores, q_rope, grad_k_rope, input_precision=PRECISION)
 
@@ -484,7 +482,7 @@ def mla_attention_bwd_key_value_kernel(
 def mla_attention_bwd_query_kernel(
     grad_ptr, q_nope_ptr, q_rope_ptr, k_nope_ptr, k_rope_ptr, value_ptr, oldest_ptr, length_ptr, lse_ptr, delta_ptr,
     grad_q_nope_ptr, grad_q_rope_ptr, scale,
-    num_queries, num_keys, scale_log2, has_sinks,
+    num_queries, num_keys, scale_log2,
     H: tl.constexpr, Q_NOPE_T: tl.constexpr, Q_NOPE_H: tl.constexpr, Q_ROPE_T: tl.constexpr, Q_ROPE_H: tl.constexpr,
     K_NOPE_T: tl.constexpr, K_NOPE_H: tl.constexpr, K_ROPE_T: tl.constexpr,
     VALUE_T: tl.constexpr, VALUE_H: tl.constexpr, PRECISION: tl.constexpr,
@@ -500,7 +498,6 @@ def mla_attention_bwd_query_kernel(
     query = first + tl.arange(0, BLOCK_T)  # [BLOCK_T]
     owned = query < end
     oldest = tl.load(oldest_ptr + past + query, mask=owned, other=num_keys)
-    alone = (oldest == past + query) & (has_sinks == 0)  # its weight is 1, whatever the score
     lse = tl.load(lse_ptr + row * num_queries + query, mask=owned, other=0.0)
     delta = tl.load(delta_ptr + row * num_queries + query, mask=owned, other=0.0)
     grad_ptr += (sequence * num_queries * H + head) * BLOCK_U
@@ -531,7 +528,6 @@ def mla_attention_bwd_query_kernel(
             delta = tl.sum(weights * grad_weights, axis=1)
             tl.store(delta_ptr + row * num_queries + query, delta, mask=owned)
         grad_scores = (weights * (grad_weights - delta[:, None])).to(grad.dtype)
-        grad_scores = tl.where(alone[:, None], 0.0, grad_scores)
         grad_q_nope = tl.dot(grad_scores, k_nope, grad_q_nope, input_precision=PRECISION)
         grad_q_rope = tl.dot(grad_scores, k_rope, grad_q_rope, input_precision=PRECISION)
 
