@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 BENCH = Path(__file__).parents[1] / "kernels" / "bench"
 
@@ -34,3 +37,20 @@ def test_a_roof_is_the_lower_of_memory_and_matrix_rate(monkeypatch: pytest.Monke
 
     ceiling = {"matmul_tflops": 100.0, "copy_gb_per_s": 1000.0}
     assert [roof(ceiling, intensity) for intensity in (10.0, 100.0, 1000.0)] == [10.0, 100.0, 100.0]
+
+
+def test_a_peer_that_fails_is_told_of_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    from cases import rms_norm_cases
+    from run import Clock, measure
+
+    def broken(*_: Tensor) -> Tensor:
+        raise RuntimeError("no kernel\nfor this shape")
+
+    case = next(rms_norm_cases(torch.float32, "cpu"))
+    case = replace(case, peers={**case.peers, "a peer": broken})
+    failed, *lines = measure(case, Clock("cpu"), {"copy": 1.0}, rounds=2)
+    assert failed == {"op": "rms_norm", "shape": case.shape, "candidate": "a peer", "failed": "RuntimeError: no kernel"}
+    assert {line["candidate"] for line in lines} == {"workbench_kernels", "definition", "F.rms_norm"}
+    with pytest.raises(RuntimeError, match="no kernel"):
+        list(measure(replace(case, ours=broken), Clock("cpu"), {"copy": 1.0}, rounds=2))

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from liger import liger_peers
 from torch import Tensor
 
 from workbench_kernels import (
@@ -17,6 +18,7 @@ from workbench_kernels import (
     mla_attention,
     mla_decode,
     moe_mlp,
+    moe_route,
     quantize_blockwise,
     rms_norm,
     rope,
@@ -114,9 +116,38 @@ def moe_mlp_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
             torch.rand(tokens, active).to(device, dtype),
         )
         work = 6.0 * tokens * active * width * hidden
+        peers = {"loop": moe_mlp_reference, "F.grouped_mm": composed_moe_mlp, **liger_peers("moe_mlp", device)}
         yield Case(
             *("moe_mlp", f"N={tokens} A={active} K={width} F={hidden} E={experts}", inputs, moe_mlp, moe_mlp_reference),
-            *({"loop": moe_mlp_reference, "F.grouped_mm": composed_moe_mlp}, "matmul", work, 2 * work),
+            *(peers, "matmul", work, 2 * work),
+        )
+
+
+def composed_moe_route(logits: Tensor, active: int) -> Tensor:
+    """As a model would write it, with the order and the counts that the products then need."""
+    scores, indices = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid().topk(active, dim=-1)
+    pairs = indices.flatten()
+    pairs.argsort(stable=True)
+    pairs.bincount(minlength=logits.shape[1]).cumsum(0)
+    return scores / scores.sum(dim=-1, keepdim=True)
+
+
+def moe_route_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """The weights, which have gradients; choice, counts, order and tiles are made too."""
+    small, large = ((2048, 16, 2), (2048, 64, 6)), ((32_768, 64, 6), (32_768, 256, 8))
+    for tokens, experts, active in small if device == "cpu" else large:
+        logits = torch.randn(tokens, experts).to(device, dtype)
+        options = {"scoring_func": "sigmoid", "norm_topk_prob": True, "tile_rows": 128}
+
+        def ours(logits: Tensor, active: int = active, options: dict = options) -> Tensor:
+            return moe_route(logits, active, **options).weights
+
+        definition = partial(ours, options=options | {"impl": "reference"})
+        moved = tokens * (experts * (dtype.itemsize + 4.0) + active * 24.0)  # scores; weights, indices, both orders
+        yield Case(
+            *("moe_route", f"N={tokens} E={experts} A={active}", (logits,), ours, definition),
+            {"definition": definition, "torch.topk": partial(composed_moe_route, active=active)},
+            *("copy", moved, moved),
         )
 
 
@@ -125,10 +156,10 @@ def rms_norm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     for rows, width in small if device == "cpu" else large:
         inputs = (torch.randn(rows, width).to(device, dtype), torch.rand(width).to(device, dtype))
         moved = rows * width * dtype.itemsize
+        definition = partial(rms_norm_reference, eps=EPS)
+        peers = {"definition": definition, "F.rms_norm": torch_rms_norm, **liger_peers("rms_norm", device, EPS)}
         yield Case(
-            *("rms_norm", f"M={rows} D={width}", inputs, lambda x, weight: rms_norm(x, weight, EPS)),
-            lambda x, weight: rms_norm_reference(x, weight, EPS),
-            {"definition": lambda x, weight: rms_norm_reference(x, weight, EPS), "F.rms_norm": torch_rms_norm},
+            *("rms_norm", f"M={rows} D={width}", inputs, partial(rms_norm, eps=EPS), definition, peers),
             *("copy", 2.0 * moved, 3.0 * moved),
         )
 
@@ -214,7 +245,7 @@ def scores_of(op: Callable[..., SparseSelection], *inputs: Tensor, index_topk: i
 
 def linear_cross_entropy_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     small, large = ((2048, 256, 8192), (1024, 512, 16_384)), ((8192, 2048, 32_768), (4096, 4096, 131_072))
-    peers: dict[str, Op] = {"F.cross_entropy": torch_linear_cross_entropy}
+    peers = {"F.cross_entropy": torch_linear_cross_entropy, **liger_peers("linear_cross_entropy", device)}
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
         peers["F.linear_cross_entropy, in chunks"] = partial(F.linear_cross_entropy, options=options)
@@ -374,12 +405,11 @@ CASES = {
     "mla_attention": mla_attention_cases,
     "mla_decode": mla_decode_cases,
     "moe_mlp": moe_mlp_cases,
+    "moe_route": moe_route_cases,
     "quantize_blockwise": quantize_blockwise_cases,
     "rms_norm": rms_norm_cases,
     "rope": rope_cases,
     "scaled_mm_blockwise": scaled_mm_blockwise_cases,
     "sparse_select": sparse_select_cases,
 }
-
-
 PRODUCTS = ("grouped_mm", "linear_cross_entropy", "mla_attention", "moe_mlp", "sparse_select")

@@ -123,6 +123,9 @@ def measure(case: Case, clock: Clock, rates: dict[str, float], rounds: int) -> I
     directions = {"forward": case.forward_work}
     if case.backward_work is not None:
         directions["forward+backward"] = case.forward_work + case.backward_work
+    for name, failure in failures(case, candidates, grad).items():
+        del candidates[name]
+        yield {"op": case.op, "shape": case.shape, "candidate": name, "failed": failure}
     for direction, work in directions.items():
         functions = {name: calls(op, case.inputs, grad)[direction] for name, op in candidates.items()}
         times = clock.alternate(functions, rounds)
@@ -144,6 +147,19 @@ def measure(case: Case, clock: Clock, rates: dict[str, float], rounds: int) -> I
                 "tflops": round(work / median / 1e9, 4) if case.ceiling == "matmul" else None,
                 "flops_per_byte": round(case.forward_work / moved, 3) if case.ceiling == "matmul" else None,
             }
+
+
+def failures(case: Case, candidates: dict[str, Op], grad: Tensor | None) -> dict[str, str]:
+    """The peers that cannot do this case, with the first line of what they say: they are not ours to mend."""
+    found = {}
+    for name, op in candidates.items():
+        try:
+            results(op, case.inputs, grad)
+        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            if op is case.ours:
+                raise
+            found[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return found
 
 
 def main() -> None:
