@@ -165,7 +165,9 @@ def test_a_failed_run_is_one_line(tmp_path: Path, give_recipe: Callable[..., Non
 
 def test_an_interrupt_stops_training_with_a_checkpoint(tmp_path: Path):
     code = f"""
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in its background
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from tiny import tiny_recipe
 from workbench.cli import app
@@ -183,7 +185,7 @@ app(["train", "tiny", "--folder", "first"])
             if line.startswith("step      3 "):
                 training.send_signal(signal.SIGINT)
                 break
-        said, complained = training.communicate()
+        said, complained = training.communicate(timeout=120)
     assert training.returncode == 0 and complained == ""
     assert said.splitlines()[-1].startswith("stopped at step ")
     assert list((tmp_path / "first" / "checkpoints").glob("step-*"))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -274,6 +275,15 @@ def test_an_observer_may_start_a_run_while_another_start_waits_for_the_end(tmp_p
     assert sorted(run.status == "stopped" for run in (by_observer[0], by_us[0])) == [False, True]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell lets what runs in its background ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_of_wait_stops_the_run_with_a_checkpoint(tmp_path, text):
     run = live.start(tiny(), tmp_path / "run", text=text)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.linear_cross_entropy import Terms, chunks, gradients
 
 STRIDE_UNIT = 64  # rows of logits begin at multiples of 128 bytes or more, however odd the vocabulary
@@ -30,6 +31,10 @@ def launch_for(vocabulary: int) -> Launch:
     return Launch(1_024, 4) if vocabulary <= 1_024 else Launch(4_096, 8)
 
 
+def _chosen(kernel: str, vocabulary: int, input: Tensor) -> Launch:
+    return chosen(launch_for(vocabulary), kernel, input.device, vocabulary=vocabulary, bytes=input.itemsize)
+
+
 def stride_for(vocabulary: int) -> int:
     """From the logits of one token to those of the next."""
     return cdiv(vocabulary, STRIDE_UNIT) * STRIDE_UNIT
@@ -42,7 +47,7 @@ def forward(input: Tensor, linear_weight: Tensor, target: Tensor, terms: Terms) 
     """
     check_dtype(input.dtype)
     vocabulary = len(linear_weight)
-    launch = launch_for(vocabulary)
+    launch = _chosen("linear_cross_entropy_fwd_kernel", vocabulary, input)
     loss, lse = (input.new_empty(len(input), dtype=dtype) for dtype in (torch.float32, torch.float64))
     for rows, logits in _logits(input, linear_weight):
         linear_cross_entropy_fwd_kernel[(len(logits),)](
@@ -68,7 +73,7 @@ def backward(
     check_dtype(input.dtype)
     grad, grad_lse = (x.to(torch.float32).contiguous() for x in (grad, grad_lse))
     vocabulary = len(linear_weight)
-    launch = launch_for(vocabulary)
+    launch = _chosen("linear_cross_entropy_bwd_kernel", vocabulary, input)
     grad_input, total = gradients(input, linear_weight, for_input, for_weight)
     for rows, logits in _logits(input, linear_weight):
         linear_cross_entropy_bwd_kernel[(len(logits), cdiv(vocabulary, launch.block_v))](

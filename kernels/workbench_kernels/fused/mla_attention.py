@@ -23,6 +23,7 @@ from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, merged
 from workbench_kernels.fused.architecture import architecture_of, precision_of
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
+from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.mla_attention import MAX_WIDTHS, fits_twin, most_for
 
 LOG2_E = math.log2(math.e)
@@ -68,6 +69,9 @@ class Launch:
     block: int
     num_warps: int
     num_stages: int
+
+
+KERNELS = ("mla_attention_fwd_kernel", "mla_attention_bwd_key_value_kernel", "mla_attention_bwd_query_kernel")
 
 
 class Launches(NamedTuple):
@@ -211,12 +215,16 @@ def _operands(
         _laid_out(value, value_width),
     )
     steps = [(x.stride(1), x.stride(2)) for x in tensors]
+    # The interpreter pays by the tile, and has room for large ones in every type.
+    picked = launches_for(widths, architecture, 2 if interpreting() else value.itemsize)
+    shape = dict(zip(("key", "rope", "value"), widths, strict=True)) | {"bytes": value.itemsize}
     return Operands(
         tensors,
         *_bounds(cu_seqlens, window, k_nope.shape[1], value.device),
         constants_for(precision_of(value.itemsize, architecture), q_nope.shape[2], widths, steps),
-        # The interpreter pays by the tile, and has room for large ones in every type.
-        launches_for(widths, architecture, 2 if interpreting() else value.dtype.itemsize),
+        Launches(
+            *(chosen(launch, kernel, value.device, **shape) for launch, kernel in zip(picked, KERNELS, strict=True))
+        ),
     )
 
 

@@ -18,6 +18,7 @@ from workbench_kernels.fused.architecture import MULTIPLIES_E4M3, architecture_o
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.fused.scaled_mm_blockwise import decoded
+from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.mla_decode import MAX_LATENT, MAX_ODD_LATENT, MAX_ROPE, fits_twin, is_odd
 from workbench_kernels.quantize_blockwise import WIDTH
 
@@ -125,6 +126,11 @@ def forward(
     launch = launch_for(
         num_sequences, num_queries * num_heads, max_pages * page_size, (width, q_rope.shape[-1]), architecture,
         itemsize=q_nope.itemsize, float8=scale is not None, page_size=table_size,
+    )  # fmt: skip
+    launch = chosen(
+        launch, "mla_decode_fwd_kernel", q_nope.device, sequences=num_sequences, rows=num_queries * num_heads,
+        tokens_below=1 << (max_pages * page_size).bit_length(), latent=width, rope=q_rope.shape[-1],
+        bytes=latent.itemsize, page=table_size or 0,
     )  # fmt: skip
     page_tokens, latent_stride, rope_stride, scale_stride = strides_of(latent, rope, scale)
     if scale is not None and architecture not in MULTIPLIES_E4M3:

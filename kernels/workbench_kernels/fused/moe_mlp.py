@@ -15,6 +15,7 @@ from workbench_kernels.fused import grouped_mm
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.expert_tiles import sort_by_expert
+from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.gated import GatedActivation
 
 MIN_BLOCK_X = 64
@@ -44,6 +45,11 @@ class Launch:
 def launch_for(width: int) -> Launch:
     block_x = min(MAX_BLOCK_X, max(MIN_BLOCK_X, 1 << (width - 1).bit_length()))
     return Launch(TILE // block_x, block_x)
+
+
+def _chosen(kernel: str, rows: Tensor) -> Launch:
+    width = rows.shape[1]
+    return chosen(launch_for(width), kernel, rows.device, width=width, bytes=rows.itemsize)
 
 
 def forward(
@@ -93,7 +99,7 @@ def backward(
     grad_gate_up_M2F, hidden_MF = torch.empty_like(gate_up), torch.empty_like(grad_hidden_MF)
     grad_weights = torch.empty_like(weights)
     if num_rows:
-        tile = launch_for(width)
+        tile = _chosen("moe_mlp_bwd_kernel", grad_hidden_MF)
         moe_mlp_bwd_kernel[(cdiv(num_rows, tile.block_m),)](
             gate_up, grad_hidden_MF, weights, pair, indices.contiguous(), grad, b2,
             grad_gate_up_M2F, hidden_MF, grad_weights, num_rows, *activation,
@@ -117,7 +123,7 @@ def _mix(rows_MK: Tensor, row_NA: Tensor, weights_NA: Tensor | None) -> Tensor:
     num_tokens, num_slots = row_NA.shape
     out = rows_MK.new_empty(num_tokens, rows_MK.shape[1])
     if num_tokens:
-        tile = launch_for(rows_MK.shape[1])
+        tile = _chosen("moe_mlp_fwd_kernel", rows_MK)
         grid = (cdiv(num_tokens, tile.block_m), cdiv(rows_MK.shape[1], tile.block_x))
         moe_mlp_fwd_kernel[grid](
             rows_MK, row_NA, None if weights_NA is None else weights_NA.contiguous(), out,

@@ -11,6 +11,7 @@ from workbench_kernels.fused import expert_tiles
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.moe_route import MAX_EXPERTS, SMALLEST, fits_twin
 
 TILE = 1_024  # scores of one program
@@ -55,7 +56,7 @@ def forward(
     scores = logits.new_empty(num_tokens, num_experts, dtype=torch.float32)
     counts = indices.new_zeros(num_experts)
     if num_tokens:
-        tile = launch_for(num_experts)
+        tile = chosen(launch_for(num_experts), "moe_route_fwd_kernel", logits.device, experts=num_experts)
         moe_route_fwd_kernel[(cdiv(num_tokens, tile.block_n),)](
             logits, bias, indices, weights, scores, counts, num_tokens, routed_scaling_factor,
             num_experts, num_experts_per_tok, scoring_func, bias is not None,
@@ -81,7 +82,7 @@ def backward(
     logits = logits.contiguous()
     grad = torch.empty_like(logits)
     if num_tokens:
-        tile = launch_for(num_experts)
+        tile = chosen(launch_for(num_experts), "moe_route_bwd_kernel", logits.device, experts=num_experts)
         moe_route_bwd_kernel[(cdiv(num_tokens, tile.block_n),)](
             grad_weights.contiguous(), grad_scores.contiguous(), logits, indices, scores, grad,
             num_tokens, routed_scaling_factor, num_experts, indices.shape[1], scoring_func, norm_topk_prob,

@@ -12,6 +12,7 @@ from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.architecture import architecture_of
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
+from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.quantize_blockwise import FP8, LARGEST, LARGEST_POWER, SMALLEST_SCALE, WIDTH
 
 VECTOR = 16  # rows of other widths are filled up to a multiple: of these each number would be one load
@@ -41,7 +42,7 @@ def forward(x: Tensor, block_rows: int, power_of_two: bool) -> tuple[Tensor, Ten
     values = torch.empty(x.shape, dtype=FP8, device=x.device)
     scale = x.new_empty(cdiv(num_rows, block_rows), num_blocks, dtype=torch.float32)
     if x.numel():
-        launch = launch_for(block_rows)
+        launch = chosen(launch_for(block_rows), "quantize_blockwise_fwd_kernel", x.device, block_rows=block_rows)
         native = architecture_of(x.device) in ROUNDS_TO_E4M3 and not interpreting()
         quantize_blockwise_fwd_kernel[(cdiv(num_rows, launch.block_m), num_blocks)](
             x, values if native else values.view(torch.uint8), scale, num_rows,

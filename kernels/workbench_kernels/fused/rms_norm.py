@@ -10,6 +10,7 @@ from torch import Tensor
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.rms_norm import MAX_ODD_WIDTH, MAX_WIDTH, fits_twin, width_step
 
 MIN_BLOCK_D = 128  # narrower rows share this tile: fewer kernels to compile and prove
@@ -52,7 +53,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     total = None if residual is None else torch.empty_like(x)
     rstd = x.new_empty(num_rows, dtype=torch.float32)
     if num_rows:
-        launch = launch_for(width)
+        launch = chosen(launch_for(width), "rms_norm_fwd_kernel", x.device, width=width, bytes=x.itemsize)
         rms_norm_fwd_kernel[(cdiv(num_rows, launch.block_m),)](
             x, residual, weight, y, total, rstd, num_rows, eps, residual is not None, width,
             launch.block_m, launch.block_d,
@@ -67,7 +68,7 @@ def backward(
     """Return the gradients of x and weight; grad, x and what is added to the former, `further`, are contiguous."""
     _check(x)
     num_rows, width = x.shape
-    launch = launch_for(width)
+    launch = chosen(launch_for(width), "rms_norm_bwd_kernel", x.device, width=width, bytes=x.itemsize)
     num_tiles = cdiv(num_rows, launch.block_m)
     tiles_per_program = cdiv(num_tiles, MAX_PARTIALS)
     num_programs = cdiv(num_tiles, tiles_per_program) if num_rows else 0

@@ -10,6 +10,7 @@ from torch import Tensor
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.rope import MAX_WIDTH, fits_twin
 
 MIN_BLOCK_P = 16  # narrower heads share this tile
@@ -25,7 +26,7 @@ class Launch:
     num_warps: int = 4
 
 
-def launch(width: int) -> Launch:
+def launch_for(width: int) -> Launch:
     block_p = max(MIN_BLOCK_P, 1 << (width // 2 - 1).bit_length())
     return Launch(TILE // block_p, block_p)
 
@@ -40,7 +41,7 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows = x.shape[0] * x.shape[1] * x.shape[2]
     if num_rows:
-        tile = launch(x.shape[3])
+        tile = chosen(launch_for(x.shape[3]), "rope_fwd_kernel", x.device, width=x.shape[3], bytes=x.itemsize)
         rope_fwd_kernel[(cdiv(num_rows, tile.block_m),)](
             x, cos, sin, out, num_rows, x.shape[1], x.shape[2], x.stride(0), x.stride(1), x.stride(2),
             x.shape[3] // 2, interleaved, tile.block_m, tile.block_p,
@@ -57,7 +58,7 @@ def cases(kind: str) -> list[Case]:
     while block_p <= MAX_WIDTH // 2:
         for pairs in (block_p - 1, block_p):
             for interleaved in (True, False):
-                tile = launch(2 * pairs)
+                tile = launch_for(2 * pairs)
                 constants = {"P": pairs, "INTERLEAVED": interleaved, "BLOCK_M": tile.block_m, "BLOCK_P": tile.block_p}
                 name = f"rope_fwd_kernel R={2 * pairs} {'interleaved' if interleaved else 'halves'}"
                 arguments = tensors | dict.fromkeys(sizes, "i32")

@@ -13,6 +13,7 @@ from workbench_kernels.fused.architecture import MULTIPLIES_E4M3, architecture_o
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.fused.quantize_blockwise import VECTOR
+from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.quantize_blockwise import FP8, WIDTH
 
 GROUP_M = 8  # tiles of rows that neighbouring programs share columns of b in: both stay in the L2 cache
@@ -68,7 +69,10 @@ def forward(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: t
     # Rows of whole vectors, the last columns zeros: to store one number at a time takes registers, and spills.
     out = torch.empty(num_rows, num_columns + -num_columns % VECTOR, dtype=out_dtype, device=a.device)
     architecture = architecture_of(a.device)
-    launch = launch_for(num_rows, architecture)
+    launch = chosen(
+        launch_for(num_rows, architecture), "scaled_mm_blockwise_fwd_kernel", a.device,
+        rows_below=1 << num_rows.bit_length(), columns=num_columns, width=a.shape[1],
+    )  # fmt: skip
     a, b = (_readable(tensor) for tensor in (a, b))
     if architecture in MULTIPLIES_E4M3:
         a, b = (tensor.view(FP8) for tensor in (a, b))

@@ -17,6 +17,7 @@ from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, merged
 from workbench_kernels.fused.architecture import architecture_of, precision_of
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.sparse_select import MAX_KEYS, MAX_WIDTH, fits_twin
 
 WIDTHS = (64, MAX_WIDTH)  # others are filled up with zeros, which change no product
@@ -24,7 +25,7 @@ FEW_QUERIES = 16  # those of new tokens: rows of a wider tile would be empty
 ROW_BLOCK, ROW_WARPS = 1_024, 4  # how much of a row of scores is looked at together; more spills on some targets
 PROGRAMS = 256  # the key's gradient is summed in parts until so many programs run; fixed, whatever the GPU
 
-Kernel = Literal["forward", "backward of queries", "backward of keys"]
+Kernel = Literal["fwd", "bwd_query", "bwd_key"]
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,25 @@ def launch_for(kernel: Kernel, num_queries: int, dtype: torch.dtype, architectur
     if dtype == torch.float32:
         # Three products of parts make one here, and the parts lie in registers.
         return {
-            "forward": Launch(16, 64, 8),
-            "backward of queries": Launch(16, 32, 8),
-            "backward of keys": Launch(32, 16, 4),
+            "fwd": Launch(16, 64, 8),
+            "bwd_query": Launch(16, 32, 8),
+            "bwd_key": Launch(32, 16, 4),
         }[kernel]
-    if kernel == "forward" and num_queries <= FEW_QUERIES:
+    if kernel == "fwd" and num_queries <= FEW_QUERIES:
         return Launch(FEW_QUERIES, 128, 4, 3)
-    if kernel == "forward":
+    if kernel == "fwd":
         return Launch(128 if architecture in ("sm_90", "sm_100") else 64, 128, 8, 3)
     if architecture == "gfx942":
         return Launch(32, 32, 4)
-    return Launch(64, 32 if kernel == "backward of keys" and architecture == "sm_80" else 64, 8)
+    return Launch(64, 32 if kernel == "bwd_key" and architecture == "sm_80" else 64, 8)
+
+
+def _chosen(kernel: Kernel, query: Tensor, architecture: str) -> Launch:
+    _, num_queries, num_heads, width = query.shape
+    about = 1 << num_queries.bit_length()
+    shape = {"queries_below": about, "heads": num_heads, "width": width, "bytes": query.itemsize}
+    picked = launch_for(kernel, num_queries, query.dtype, architecture)
+    return chosen(picked, f"sparse_select_{kernel}_kernel", query.device, **shape)
 
 
 def forward(query: Tensor, key: Tensor, weight: Tensor, index_topk: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +73,7 @@ def forward(query: Tensor, key: Tensor, weight: Tensor, index_topk: int) -> tupl
     if scores.numel():
         architecture = architecture_of(query.device)
         query, key = _filled_up(query), _filled_up(key)
-        tile = launch_for("forward", num_queries, query.dtype, architecture)
+        tile = _chosen("fwd", query, architecture)
         sparse_select_fwd_kernel[(cdiv(num_keys, tile.block_s), cdiv(num_queries, tile.block_t), num_sequences)](
             query, key, weight.contiguous(), scores, num_queries, num_keys, num_heads,
             query.shape[3], precision_of(query.itemsize, architecture), tile.block_t, tile.block_s,
@@ -102,7 +111,7 @@ def backward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[
     query, key = _filled_up(query), _filled_up(key)
     precision = precision_of(query.itemsize, architecture)
 
-    tile = launch_for("backward of queries", num_queries, query.dtype, architecture)
+    tile = _chosen("bwd_query", query, architecture)
     grad_query, grad_weight = torch.empty_like(query), torch.empty_like(weight)
     sparse_select_bwd_query_kernel[(cdiv(num_queries, tile.block_t), num_heads, num_sequences)](
         grad, query, key, weight, grad_query, grad_weight, num_queries, num_keys, num_heads,
@@ -110,7 +119,7 @@ def backward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[
         num_warps=tile.num_warps, num_stages=tile.num_stages,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
-    tile = launch_for("backward of keys", num_queries, query.dtype, architecture)
+    tile = _chosen("bwd_key", query, architecture)
     num_query_blocks, num_key_blocks = cdiv(num_queries, tile.block_t), cdiv(num_keys, tile.block_s)
     blocks_per_part = cdiv(num_query_blocks, cdiv(PROGRAMS, num_key_blocks * num_sequences))
     num_parts = cdiv(num_query_blocks, blocks_per_part)
@@ -131,9 +140,9 @@ def cases(kind: str) -> list[Case]:
     operands |= dict.fromkeys(("num_queries", "num_keys", "num_heads"), "i32")
     grads = operands | {"grad_ptr": "*fp32", "grad_query_ptr": f"*{kind}", "grad_weight_ptr": "*fp32"}
     products: tuple[tuple[Kernel, Any, dict[str, str]], ...] = (
-        ("forward", sparse_select_fwd_kernel, operands | {"scores_ptr": "*fp32"}),
-        ("backward of queries", sparse_select_bwd_query_kernel, grads),
-        ("backward of keys", sparse_select_bwd_key_kernel, grads | {"partial_ptr": "*fp32", "blocks_per_part": "i32"}),
+        ("fwd", sparse_select_fwd_kernel, operands | {"scores_ptr": "*fp32"}),
+        ("bwd_query", sparse_select_bwd_query_kernel, grads),
+        ("bwd_key", sparse_select_bwd_key_kernel, grads | {"partial_ptr": "*fp32", "blocks_per_part": "i32"}),
     )
     found = []
     for kernel, function, arguments in products:
