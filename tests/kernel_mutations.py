@@ -33,11 +33,11 @@ def mutated(twin: str, mutation: Mutation, folder: Path) -> Iterator[None]:
     original = importlib.import_module(f"workbench_kernels.fused.{twin}")
     text = Path(inspect.getfile(original)).read_text(encoding="utf-8")
     before, start, kernel = text.partition(f"def {mutation.kernel}(")
-    body, *rest = kernel.split("\n@triton.jit\n", 1)
+    body, *rest = kernel.split("\n@triton.jit", 1)
     assert start and body.count(mutation.right) == 1, f"{mutation.right!r} must stand once in {mutation.kernel}"
     path = folder / f"{twin}.py"
     path.write_text(
-        before + start + "\n@triton.jit\n".join([body.replace(mutation.right, mutation.wrong), *rest]), encoding="utf-8"
+        before + start + "\n@triton.jit".join([body.replace(mutation.right, mutation.wrong), *rest]), encoding="utf-8"
     )
     spec = importlib.util.spec_from_file_location(f"mutated_{twin}", path)
     assert spec is not None and spec.loader is not None

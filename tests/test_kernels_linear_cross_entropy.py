@@ -151,6 +151,17 @@ def test_what_an_ignored_token_holds_does_not_reach_the_loss(impl: str) -> None:
     assert torch.equal(op(input, linear_weight), before)
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, 6e4])
+def test_what_an_ignored_token_holds_does_not_reach_the_gradients(number: float) -> None:
+    """Where the definition's are NaN: its products of zero and what is no number."""
+    input, linear_weight, target = make(9, 4, 6, torch.float16)
+    op = of(linear_cross_entropy, target, z_loss=0.1, label_smoothing=0.1)
+    before = results(op, (input, linear_weight), torch.tensor(1.0))
+    input[target == -100] = number
+    for now, then in zip(results(op, (input, linear_weight), torch.tensor(1.0)), before, strict=True):
+        assert torch.equal(now, then)
+
+
 @pytest.mark.parametrize("options", TERMS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradients_by_finite_differences(reduction: str, options: dict) -> None:

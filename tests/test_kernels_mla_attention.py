@@ -52,6 +52,27 @@ def test_documents_obey_the_rule(ends: list[int], window: int | None, dtype: tor
     assert_obeys_rule(op(mla_attention, window, ends), op(reference, window, ends), inputs)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 50}, {"ends": [0, 70, 129]}])
+def test_peaked_weights_obey_the_rule(options: dict) -> None:
+    """Logits that lie tens apart: weights made from the logarithm of their sum would be off by several roundings."""
+    inputs = make(129, 129, torch.float32, sequences=1)
+    inputs = [*(x * 3 for x in inputs[:4]), inputs[4]]
+    assert_obeys_rule(op(mla_attention, **options), op(reference, **options), inputs)
+
+
+@pytest.mark.parametrize("options", [{"window": 3}, {"ends": [0, 1]}])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_one_query_of_one_head(options: dict, sinks: bool) -> None:
+    inputs = make(1, 1, torch.float32, sequences=1, heads=1, sinks=sinks)
+    assert_obeys_rule(op(mla_attention, **options), op(reference, **options), inputs)
+
+
+def test_a_sink_beyond_all_logits_where_documents_do_not_cover_all() -> None:
+    inputs = make(4, 4, torch.float32, sequences=1, sinks=True)
+    inputs[5].fill_(100.0)
+    assert_obeys_rule(op(mla_attention, ends=[0, 2]), op(reference, ends=[0, 2]), inputs)
+
+
 def test_no_sequences() -> None:
     assert_obeys_rule(op(mla_attention), op(reference), make(4, 6, torch.float32, sequences=0))
     assert_obeys_rule(op(mla_attention, 2), op(reference, 2), make(4, 6, torch.float32, sequences=0, sinks=True))

@@ -31,6 +31,7 @@ def assert_passes(file: Path, **environment: str) -> None:
 
 @pytest.mark.parametrize("op", sorted(FUSED_OPS))
 def test_passes_in_the_interpreter(op: str) -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     assert_passes(TWINS / f"{op}.py", TRITON_INTERPRET="1")
 
 

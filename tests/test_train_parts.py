@@ -179,6 +179,15 @@ def test_what_cannot_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyP
     assert memory.estimate_bytes(tiny_recipe(batch_size=8)) > memory.estimate_bytes(tiny_recipe(batch_size=4))
     long = tiny_recipe(sequence_length=128)
     assert memory.estimate_bytes(long) > 3 * memory.estimate_bytes(tiny_recipe()) / 2
+    num_logits, recipe = 256 * 4 * 32, tiny_recipe()
+    assert memory.logits_bytes(num_logits, recipe) == 4 * num_logits
+    assert memory.logits_bytes(num_logits, replace(recipe, impl="reference")) == 3 * 4 * num_logits * recipe.lookahead
+    assert memory.logits_bytes(10**12, recipe) == 2**29
+    weights = {
+        change: memory.kept_weights_per_query(recipe.model.layers[0], replace(recipe, **dict([change])))
+        for change in (("impl", "auto"), ("impl", "reference"), ("device", "cuda"))
+    }
+    assert list(weights.values()) == [2 * 32 // 2, 2 * 2 * 32, 0]
     monkeypatch.setattr(memory, "available_bytes", lambda device: None)
     memory.refuse_what_cannot_fit(tiny_recipe())
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1_000_000)

@@ -85,6 +85,7 @@ def torch_linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Ten
 
 
 EPS = 1e-6
+MOST_PACKED = 4_096
 
 
 def grouped_mm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -157,7 +158,7 @@ def rms_norm_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
         inputs = (torch.randn(rows, width).to(device, dtype), torch.rand(width).to(device, dtype))
         moved = rows * width * dtype.itemsize
         definition = partial(rms_norm_reference, eps=EPS)
-        peers = {"definition": definition, "F.rms_norm": torch_rms_norm, **liger_peers("rms_norm", device, EPS)}
+        peers = {"definition": definition, "F.rms_norm": torch_rms_norm, **liger_peers("rms_norm", device)}
         yield Case(
             *("rms_norm", f"M={rows} D={width}", inputs, partial(rms_norm, eps=EPS), definition, peers),
             *("copy", 2.0 * moved, 3.0 * moved),
@@ -368,12 +369,14 @@ def mla_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
     for sequences, length in lengths:
         shapes = ((heads, key_width), (heads, rope_width), (heads, key_width), (rope_width,), (heads, value_width))
         inputs = tuple(torch.randn(sequences, length, *shape).to(device, dtype) for shape in shapes)
-        packed = tuple(x.flatten(0, 1).unsqueeze(0) for x in inputs)
-        ends = torch.arange(0, sequences * length + 1, length, dtype=torch.int32, device=device)
+        # As much of it as the definition, which makes all scores, has room for.
+        total = min(sequences * length, MOST_PACKED)
+        packed = tuple(x.flatten(0, 1)[:total].unsqueeze(0) for x in inputs)
+        ends = torch.arange(0, total + 1, min(length, total // 2), dtype=torch.int32, device=device)
         window = length // 8
         for kind, tensors, options, most in (
             ("", inputs, {}, length),
-            (" packed", packed, {"cu_seqlens": ends}, length),
+            (" packed", packed, {"cu_seqlens": ends}, int(ends[1])),
             (f" window={window}", inputs, {"window": window}, window),
         ):
             definition = partial(mla_attention_reference, softmax_scale=scale, **options)
@@ -381,10 +384,13 @@ def mla_attention_cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
             if not options:
                 peers["F.scaled_dot_product_attention, joined"] = partial(joined_attention, scale=scale)
             # What a query may see.
-            pairs = sequences * sum(min(position + 1, most) for position in range(length))
+            documents = len(ends) - 1 if "cu_seqlens" in options else sequences
+            longest = most if "cu_seqlens" in options else length
+            pairs = documents * sum(min(position + 1, most) for position in range(longest))
             yield Case(
                 "mla_attention",
-                f"B={sequences} T={length} H={heads} K={key_width} R={rope_width} U={value_width}{kind}",
+                f"B={len(tensors[0])} T={tensors[0].shape[1]} H={heads} K={key_width} R={rope_width} U={value_width}"
+                + kind,
                 *(tensors, partial(mla_attention, softmax_scale=scale, **options), definition, peers),
                 *("matmul", 2.0 * pairs * heads * width, 4.0 * pairs * heads * width),
             )

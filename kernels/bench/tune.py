@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -22,7 +23,22 @@ from triton.errors import TritonError
 
 from workbench_kernels.fused.tuned import Tuned, tuned
 
-BOUNDS = {"num_warps": (1, 16), "num_stages": (1, 6), "num_splits": (1, 1024)}
+# What must cover a whole row (block_c, block_d, block_e, block_p) stays as picked: less would leave a part unwritten.
+BOUNDS = {
+    "num_warps": (1, 16),
+    "num_stages": (1, 6),
+    "num_splits": (1, 1_024),
+    "block_m": (1, 512),
+    "block_n": (1, 512),
+    "block_k": (16, 256),
+    "block_s": (16, 512),
+    "block_t": (16, 512),
+    "block_v": (256, 16_384),
+    "block_x": (16, 1_024),
+    "chunk": (16, 512),
+    "rows": (16, 512),
+    "block": (16, 512),
+}
 GAIN = 0.98  # of the time before: less is noise
 
 
@@ -31,9 +47,9 @@ def neighbours(launch: Any) -> Iterator[Any]:
     for field in fields(launch):
         value = getattr(launch, field.name)
         steps = (value - 1, value + 1) if field.name == "num_stages" else (value // 2, value * 2)
-        low, high = BOUNDS.get(field.name, (16, 512))
+        low, high = BOUNDS.get(field.name, (value, value))
         for step in steps:
-            if low <= step <= high:
+            if low <= step <= high and step != value:
                 yield replace(launch, **{field.name: step})
 
 
@@ -58,9 +74,20 @@ def improve(table: Tuned, key: str, milliseconds: Callable[[], float | None]) ->
     return before, fastest
 
 
+@contextmanager
+def uninitialized_memory_is_nan() -> Iterator[None]:
+    """Let `torch.empty` return NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def measured(case: Case, clock: Clock, rounds: int) -> Callable[[], float | None]:
     """The median time of forward and backward, None where the op fails or its result is wrong."""
-    grad = torch.randn_like(case.ours(*case.inputs))
+    out = case.ours(*case.inputs)
+    grad = None if case.backward_work is None else torch.randn_like(out)
     leaves = [x.detach().requires_grad_(x.is_floating_point() and case.backward_work is not None) for x in case.inputs]
 
     def both() -> None:
@@ -70,7 +97,8 @@ def measured(case: Case, clock: Clock, rounds: int) -> Callable[[], float | None
 
     def milliseconds() -> float | None:
         try:
-            check(case)
+            with uninitialized_memory_is_nan():  # or what an earlier launch wrote would pass for a result
+                check(case)
             return statistics.median(clock.alternate({"ours": both}, rounds)["ours"])
         except (RuntimeError, SystemExit, TritonError):  # too much shared memory, too many registers; a wrong result
             return None

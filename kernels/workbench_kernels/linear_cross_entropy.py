@@ -168,6 +168,7 @@ def backward(
     target_N1 = target.masked_fill(ignored_N, 0)[:, None]
     grad_N1, pull_N1 = (x.to(total.dtype).masked_fill(ignored_N, 0.0)[:, None] for x in (grad, grad_lse))
     evenly = terms.label_smoothing / len(linear_weight)
+    some_ignored = grad.device.type == "cpu" and bool(ignored_N.any())
     for rows, narrow_CV, logits_CV in _logits(input, linear_weight):
         grad_CV = torch.softmax(logits_CV, dim=1, out=logits_CV)
         chosen_C1 = grad_CV.gather(1, target_N1[rows])
@@ -177,8 +178,12 @@ def backward(
         # The one place where large numbers cancel: the pull is added to what is left, and not to what will go.
         left_C1 = (chosen_C1 - (1 - terms.label_smoothing + evenly)) * grad_N1[rows]
         grad_CV.scatter_(1, target_N1[rows], left_C1.addcmul_(pull_N1[rows], chosen_C1))
+        tokens_CK = input[rows]
+        if some_ignored:  # whose logits may be no numbers
+            grad_CV[ignored_N[rows]] = 0.0
+            tokens_CK = tokens_CK.masked_fill(ignored_N[rows, None], 0.0)
         if for_weight:
-            total.addmm_(grad_CV.t(), input[rows].to(total.dtype))
+            total.addmm_(grad_CV.t(), tokens_CK.to(total.dtype))
         if for_input:
             torch.mm(narrow_CV.copy_(grad_CV), linear_weight, out=grad_input[rows])
     return grad_input, total.to(linear_weight.dtype)

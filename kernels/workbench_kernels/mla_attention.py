@@ -65,8 +65,8 @@ def mla_attention(
         ValueError: shapes or dtypes do not fit, or the window is below 1. The torch form also refuses `cu_seqlens` that
             does not begin at 0, decreases or ends beyond T; the others would have to wait for the device to see it.
 
-    The twin makes weights again from the logarithm of their sum, as every flash attention does: where one key takes
-    all but a millionth of a query's weight, the gradients of that query's scores are wrong by about as much.
+    The twin's backward makes weights again from the logarithm of their sum, as every flash attention does: they are
+    wrong by as many roundings as a logit is large, which shows in gradients where logits lie tens apart.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; Dao, arXiv 2307.08691 (the twin); window and sinks as in
     `causal_attention`.
@@ -138,15 +138,28 @@ def forward(
     wide = torch.promote_types(value.dtype, torch.float32)
     out_XTU = value.new_zeros(*query_XTW.shape[:2], value.shape[3])
     lse_XT = value.new_zeros(query_XTW.shape[:2], dtype=wide)
-    sinks_X1 = None if sinks is None else sinks.to(wide).repeat(len(value))[:, None]
+    sinks_X1 = _of_every_sequence(sinks, len(value), wide)
     for queries, keys in _tiles(q_nope.shape[1], k_nope.shape[1], window, cu_seqlens):
         logits = _logits(query_XTW[:, queries], key_XSW[:, keys], softmax_scale, window)
-        largest = logits.amax(-1) if sinks_X1 is None else logits.amax(-1).maximum(sinks_X1)
-        weights = logits.sub_(largest.unsqueeze(-1)).exp_()
-        total = weights.sum(-1) if sinks_X1 is None else weights.sum(-1).add_((sinks_X1 - largest).exp_())
-        out_XTU[:, queries] = torch.bmm(weights.div_(total.unsqueeze(-1)).to(value.dtype), value_XSU[:, keys])
-        lse_XT[:, queries] = total.log_().add_(largest)
+        weights, _, lse_XT[:, queries] = _softmax(logits, sinks_X1)
+        out_XTU[:, queries] = torch.bmm(weights.to(value.dtype), value_XSU[:, keys])
     return _by_position(out_XTU, len(value)), lse_XT.unflatten(0, (len(value), -1))
+
+
+def _of_every_sequence(sinks: Tensor | None, num_sequences: int, dtype: torch.dtype) -> Tensor | None:
+    return None if sinks is None else sinks.to(dtype).repeat(num_sequences)[:, None]
+
+
+def _softmax(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The weights of the keys, those of the sinks, and the logarithm of the sum; `logits` are overwritten."""
+    largest = logits.amax(-1) if sinks is None else logits.amax(-1).maximum(sinks)
+    weights = logits.sub_(largest.unsqueeze(-1)).exp_()
+    total, taken = weights.sum(-1), None
+    if sinks is not None:
+        taken = (sinks - largest).exp_()
+        total += taken
+        taken /= total
+    return weights.div_(total.unsqueeze(-1)), taken, total.log_().add_(largest)
 
 
 def backward(
@@ -158,37 +171,42 @@ def backward(
     value: Tensor,
     sinks: Tensor | None,
     cu_seqlens: Tensor | None,
-    lse: Tensor,
     softmax_scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The torch form: the gradients of all six in the order of `forward`; without sinks the last one is empty."""
+    """The torch form: the gradients of all six in the order of `forward`; without sinks the last one is empty.
+
+    A block has all keys of its queries, so it makes their weights as forward did: from the logarithm of their sum they
+    would be as inexact as it is large.
+    """
     num_sequences, key_width = len(value), q_nope.shape[3]
+    wide = torch.promote_types(value.dtype, torch.float32)
     query_XTW, key_XSW, value_XSU = _heads(q_nope, q_rope, k_nope, k_rope, value)
-    grad_XTU, lse_XT = _by_head(grad), lse.flatten(0, 1)
+    grad_XTU, sinks_X1 = _by_head(grad), _of_every_sequence(sinks, num_sequences, wide)
     grad_query_XTW = torch.zeros_like(query_XTW)
     # Sums over several blocks of queries, and of the shared key over all heads, are rounded once.
-    grad_key_XSW, grad_value_XSU = (torch.zeros_like(x, dtype=lse.dtype) for x in (key_XSW, value_XSU))
-    delta_XT = torch.zeros_like(lse_XT)
+    grad_key_XSW, grad_value_XSU = (torch.zeros_like(x, dtype=wide) for x in (key_XSW, value_XSU))
+    grad_sinks_X = value.new_zeros(len(query_XTW), dtype=wide)
     for queries, keys in _tiles(q_nope.shape[1], k_nope.shape[1], window, cu_seqlens):
         query_rows, key_rows, grad_rows = query_XTW[:, queries], key_XSW[:, keys], grad_XTU[:, queries]
-        weights = _logits(query_rows, key_rows, softmax_scale, window).sub_(lse_XT[:, queries, None]).exp_()
+        weights, taken, _ = _softmax(_logits(query_rows, key_rows, softmax_scale, window), sinks_X1)
         grad_value_XSU[:, keys] += torch.bmm(weights.to(grad.dtype).mT, grad_rows)
-        grad_weights = torch.bmm(grad_rows, value_XSU[:, keys].mT).to(lse.dtype)
-        delta_XT[:, queries] = (weights * grad_weights).sum(-1)
-        grad_scores = weights.mul_(grad_weights.sub_(delta_XT[:, queries, None])).mul_(softmax_scale).to(grad.dtype)
+        grad_weights = torch.bmm(grad_rows, value_XSU[:, keys].mT).to(wide)
+        delta = (weights * grad_weights).sum(-1)
+        if taken is not None:
+            grad_sinks_X -= (taken * delta).sum(-1)
+        grad_scores = weights.mul_(grad_weights.sub_(delta.unsqueeze(-1))).mul_(softmax_scale).to(grad.dtype)
         grad_query_XTW[:, queries] = torch.bmm(grad_scores, key_rows)
         grad_key_XSW[:, keys] += torch.bmm(grad_scores.mT, query_rows)
     grad_query_BTHW, grad_key_BSHW = (_by_position(x, num_sequences) for x in (grad_query_XTW, grad_key_XSW))
-    if sinks is None:
-        grad_sinks = value.new_empty(0)
-    else:
-        lse_BHT, delta_BHT = (x.unflatten(0, (num_sequences, -1)) for x in (lse_XT, delta_XT))
-        grad_sinks = (sinks.to(lse.dtype)[:, None] - lse_BHT).exp_().mul_(delta_BHT).sum((0, 2)).neg_().to(sinks.dtype)
+    grad_sinks = value.new_empty(0)
+    if sinks is not None:
+        grad_sinks = grad_sinks_X.view(num_sequences, len(sinks)).sum(0).to(sinks.dtype)
     return (
-        grad_query_BTHW[..., :key_width].contiguous(),
-        grad_query_BTHW[..., key_width:].contiguous(),
-        grad_key_BSHW[..., :key_width].to(grad.dtype).contiguous(),
+        # Copies even where the parts of a single row are contiguous: an op may not return two views of one tensor.
+        grad_query_BTHW[..., :key_width].clone(memory_format=torch.contiguous_format),
+        grad_query_BTHW[..., key_width:].clone(memory_format=torch.contiguous_format),
+        grad_key_BSHW[..., :key_width].to(grad.dtype).clone(memory_format=torch.contiguous_format),
         grad_key_BSHW[..., key_width:].sum(2).to(grad.dtype),
         _by_position(grad_value_XSU, num_sequences).to(grad.dtype).contiguous(),
         grad_sinks,
@@ -317,7 +335,7 @@ def _mla_attention_grad(
         from workbench_kernels.fused import mla_attention as twin
 
         return twin.backward(grad, *inputs, out, lse, softmax_scale, window)
-    return backward(grad, *inputs, lse, softmax_scale, window)
+    return backward(grad, *inputs, softmax_scale, window)
 
 
 @_mla_attention_grad.register_fake

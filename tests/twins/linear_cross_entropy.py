@@ -151,6 +151,16 @@ def test_the_mean_over_no_token_is_nan_with_gradients_of_zero(tokens: int) -> No
     assert loss.isnan() and not any(grad.any() for grad in grads)
 
 
+def test_what_an_ignored_token_holds_does_not_reach_the_gradients() -> None:
+    input, linear_weight, target = make(9, 4, 6, torch.float16)
+    grad = torch.ones((), device=DEVICE)
+    before = results(of(fused, target, **ALL_TERMS), (input, linear_weight), grad)
+    for number in (torch.nan, 6e4):
+        input[target == -100] = number
+        after = results(of(fused, target, **ALL_TERMS), (input, linear_weight), grad)
+        assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))
+
+
 def test_makes_only_the_gradients_that_are_asked_for() -> None:
     input, linear_weight, target = make(5, 3, 6, torch.float32)
     both = results(of(fused, target), (input, linear_weight), torch.ones((), device=DEVICE))

@@ -20,6 +20,8 @@ from workbench.train.recipes import Recipe
 from workbench_kernels import linear_cross_entropy
 from workbench_kernels.tier import using
 
+CHUNK_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class Examination:
@@ -82,7 +84,7 @@ def _examine(decoder: Decoder, exam: Examination, recipe: Recipe, step: int) -> 
         for depth, hidden_BTD in enumerate(states.mtp_hidden, start=1):
             inside_BT = mtp_inside(documents, length, depth)
             inside_BT[:, length - depth :] = False  # the counting models' targets end with the next-token ones
-            right_BT = decoder.lm_head(hidden_BTD).argmax(-1).cpu() == mtp_targets(tokens, length, depth)
+            right_BT = likeliest(decoder, hidden_BTD).cpu() == mtp_targets(tokens, length, depth)
             hits[depth] += float((right_BT & inside_BT).sum())
             guesses[depth] += float(inside_BT.sum())
     if not math.isfinite(float(nats_by_corpus.sum())):
@@ -103,6 +105,12 @@ def _examine(decoder: Decoder, exam: Examination, recipe: Recipe, step: int) -> 
         load_by_corpus_LE={name: loads_by_corpus[i] for i, name in enumerate(exam.names)},
         sample=write_sample(decoder, exam, recipe, step),
     )
+
+
+def likeliest(decoder: Decoder, hidden: Tensor) -> Tensor:
+    """The token [B, T] with the largest logit at each position, never all logits at once."""
+    parts = [decoder.lm_head(part).argmax(-1) for part in hidden.flatten(0, 1).split(CHUNK_TOKENS)]
+    return torch.cat(parts).view(hidden.shape[:2])
 
 
 def load_by_corpus(routing: Sequence[Routing | None], corpus: Tensor, num_corpora: int) -> Tensor:

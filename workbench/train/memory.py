@@ -35,7 +35,7 @@ def estimate_bytes(recipe: Recipe) -> int:
     weights = (count.total + count.mtp) * (4 * 4 + copies)
     layers = (*recipe.model.layers, *recipe.model.mtp_layers)
     per_token = sum(kept_numbers_per_token(layer, recipe.model.hidden_size) for layer in layers) * compute_bytes
-    per_token += sum(kept_weights_per_query(layer, recipe.sequence_length) for layer in layers) * compute_bytes
+    per_token += sum(kept_weights_per_query(layer, recipe) for layer in layers) * compute_bytes
     num_tokens = recipe.sequence_length * recipe.batch_size
     return weights + num_tokens * per_token + logits_bytes(recipe.model.vocab_size * num_tokens, recipe)
 
@@ -47,13 +47,20 @@ def logits_bytes(num_logits: int, recipe: Recipe) -> int:
     return min(WORKSPACE_BYTES, 4 * num_logits)
 
 
-def kept_weights_per_query(layer: LayerConfig, sequence_length: int) -> int:
-    """Attention weights that the backward of one layer needs per query: half a row, up to the length that is kept."""
-    attention = layer.attention
+def kept_weights_per_query(layer: LayerConfig, recipe: Recipe) -> int:
+    """Attention weights that the backward of one layer needs per query.
+
+    The definition keeps whole rows of scores and weights, the form on a CPU half a row, up to the length that is kept;
+    what runs on a GPU makes them again.
+    """
+    attention, length = layer.attention, recipe.sequence_length
     if isinstance(attention, SparseLatentAttention):
         # Scores and weights of every head, whatever the length; the products of index heads are made again.
-        return (2 * attention.num_attention_heads + 8) * sequence_length
-    return attention.num_attention_heads * sequence_length // 2 if sequence_length <= LONGEST_KEPT else 0
+        return (2 * attention.num_attention_heads + 8) * length
+    if recipe.impl == "reference":
+        return 2 * attention.num_attention_heads * length
+    kept = recipe.device == "cpu" and length <= LONGEST_KEPT
+    return attention.num_attention_heads * length // 2 if kept else 0
 
 
 def kept_numbers_per_token(layer: LayerConfig, hidden_size: int) -> int:

@@ -113,10 +113,16 @@ def _nvidia(compiled: Any) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    assert found is not None, report
-    return int(found[1]), int(found[2])  # spilled registers lie on the stack
+
+        def told(what: str) -> str:
+            return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+        report = told("-res-usage")
+        found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+        assert found is not None, report
+        registers, stack_bytes = int(found[1]), int(found[2])
+        # Spilled registers lie on the stack; one that is set up and never stored to holds none.
+        return registers, stack_bytes if stack_bytes and "STL" in told("-sass") else 0
 
 
 def _amd(compiled: Any) -> tuple[int, int]:

@@ -1,9 +1,12 @@
 """Which of the targets that kernels are compiled for a device is, so that a launcher can choose its tile."""
 
 import torch
+import triton
 
 from workbench_kernels.fused.interpreter import interpreting
 
+# Later ones keep more in registers, where the widest tiles of earlier ones spill.
+TRITON_BEFORE_3_8 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 MULTIPLIES_E4M3 = ("sm_90", "sm_100")  # others have no instruction for float8_e4m3fn
 
 

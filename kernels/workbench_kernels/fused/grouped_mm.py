@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case
-from workbench_kernels.fused.architecture import architecture_of, precision_of
+from workbench_kernels.fused.architecture import TRITON_BEFORE_3_8, architecture_of, precision_of
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.expert_tiles import tile_map
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
@@ -42,13 +42,13 @@ LARGE = {
     ("sm_90", 2): Launch(128, 256, 64, 8, 3),
     ("sm_100", 2): Launch(128, 256, 64, 8, 3),
     ("gfx942", 2): Launch(128, 128, 32, 8, 2),
-    ("sm_80", 4): Launch(64, 64, 32, 8, 3),
+    ("sm_80", 4): Launch(64, 64, 16, 8, 3),
     ("sm_90", 4): Launch(64, 64, 32, 4, 3),
     ("sm_100", 4): Launch(64, 64, 16, 4, 2),
     ("gfx942", 4): Launch(64, 64, 32, 4, 2),
 }
 # Rows that do not begin at multiples of 16 bytes are loaded number by number, which takes a register for each mask.
-UNALIGNED = {name: Launch(32, 16 if name == "gfx942" else 32, 16, 4, 2) for name in SHARED_LIMIT}
+UNALIGNED = dict.fromkeys(SHARED_LIMIT, Launch(32, 32, 16, 8, 2)) | {"gfx942": Launch(32, 16, 16, 4, 2)}
 
 
 def launch_for(rows_per_expert: int, num_columns: int, width: int, itemsize: int, architecture: str) -> Launch:
@@ -63,6 +63,13 @@ def launch_for(rows_per_expert: int, num_columns: int, width: int, itemsize: int
         return replace(large, block_n=block_n)
     # A step of decoding: all time goes into reading weights.
     return Launch(16, min(block_n, 128), large.block_k, 4, large.num_stages)
+
+
+def gated_columns(block_n: int) -> int:
+    """Columns of a tile that makes two products: their sums take as much room as those of one with `block_n`."""
+    if block_n < 128:
+        return block_n
+    return block_n // 2 if TRITON_BEFORE_3_8 else 64
 
 
 def _chosen(kernel: str, shape: tuple[int, int, int, int], device: torch.device, **form: int) -> Launch:
@@ -113,7 +120,7 @@ def forward(
     architecture = architecture_of(x.device)
     shape = num_rows // num_experts, num_columns, width, x.dtype.itemsize
     tile = _chosen("grouped_mm_fwd_kernel", shape, x.device, gated=int(activation is not None), turned=int(turned))
-    block_n = tile.block_n if activation is None or tile.block_n < 128 else tile.block_n // 2
+    block_n = tile.block_n if activation is None else gated_columns(tile.block_n)
     out = x.new_empty(num_rows, num_columns, dtype=out_dtype or x.dtype)
     gate_up = x.new_empty(num_rows, 2 * num_columns) if keep else None
     if out.numel() == 0:
@@ -204,7 +211,7 @@ def _matrix(kind: str, tile: Launch) -> Literal["wide", "narrow"] | None:
 
 def _forward_case(kind: str, architecture: str, tile: Launch, form: str, *, odd: bool = False) -> Case:
     gated, turned = form == "all options", form == "turned"
-    block_n = tile.block_n if not gated or tile.block_n < 128 else tile.block_n // 2
+    block_n = gated_columns(tile.block_n) if gated else tile.block_n
     arguments = {"x_ptr": f"*{kind}", "weight_ptr": f"*{kind}", "out_ptr": f"*{kind}"}
     arguments |= {"offs_ptr": "*i32", "tiles_ptr": "*i32", "num_rows": "i32", "num_tiles": "i32"}
     arguments |= dict.fromkeys(("limit", "alpha", "raised"), "fp32")

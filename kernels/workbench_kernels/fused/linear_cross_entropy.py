@@ -82,7 +82,8 @@ def backward(
             num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         if for_weight:
-            _add_product(total, logits.t(), input[rows])
+            ignored = (target[rows] == terms.ignore_index)[:, None]
+            _add_product(total, logits.t(), input[rows].masked_fill(ignored, 0.0))  # what it holds may be no number
         if for_input:
             torch.mm(logits, linear_weight, out=grad_input[rows])
     return grad_input, total.to(linear_weight.dtype)

@@ -218,6 +218,8 @@ def _operands(
     # The interpreter pays by the tile, and has room for large ones in every type.
     picked = launches_for(widths, architecture, 2 if interpreting() else value.itemsize)
     shape = dict(zip(("key", "rope", "value"), widths, strict=True)) | {"bytes": value.itemsize}
+    shape |= {"queries_below": 1 << q_nope.shape[1].bit_length(), "window": window or 0}
+    shape |= {"documents": int(cu_seqlens is not None)}
     return Operands(
         tensors,
         *_bounds(cu_seqlens, window, k_nope.shape[1], value.device),

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, merged
-from workbench_kernels.fused.architecture import MULTIPLIES_E4M3, architecture_of, precision_of
+from workbench_kernels.fused.architecture import MULTIPLIES_E4M3, TRITON_BEFORE_3_8, architecture_of, precision_of
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.fused.scaled_mm_blockwise import decoded
@@ -45,12 +45,10 @@ class Launch:
 
 # Rows, tokens, columns of a score product and warps, found by compiling: the most that neither spills nor overflows
 # shared memory. Where a score product is cut, its operands would not fit the registers whole.
-# Triton 3.9 keeps more in registers than 3.7 and leaves room for fewer tokens.
-_ROOMY = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 FEW = {"sm_80": (16, 64, 512, 8), "sm_90": (16, 64, 512, 8), "sm_100": (16, 64, 512, 8), "gfx942": (16, 16, 512, 4)}
 MANY = {"sm_80": (32, 64, 512, 8), "sm_90": (64, 64, 512, 8), "sm_100": (64, 32, 512, 8), "gfx942": (32, 16, 512, 4)}
-MANY |= {} if _ROOMY else {"sm_90": (64, 16, 512, 8)}
-MANY_SCATTERED = MANY | ({"sm_90": (64, 32, 512, 8)} if _ROOMY else {})
+MANY |= {} if TRITON_BEFORE_3_8 else {"sm_90": (64, 16, 512, 8)}
+MANY_SCATTERED = MANY | ({"sm_90": (64, 32, 512, 8)} if TRITON_BEFORE_3_8 else {})
 MANY_FLOAT8 = MANY | {"sm_80": (16, 64, 512, 8), "sm_90": (64, 32, 128, 8), "sm_100": (64, 32, 64, 8)}
 FLOAT32 = dict.fromkeys(SHARED_LIMIT, (16, 16, 32, 8)) | {"gfx942": (16, 16, 32, 4)}
 SMALL = dict.fromkeys(SHARED_LIMIT, (16, 32, 64, 8))  # widths that vector loads cannot read, or narrow float32
@@ -252,7 +250,8 @@ def load_latents(
     return latent
 
 
-@triton.jit
+# A kernel of its own for a cache of one page or in one part would spill where this one does not.
+@triton.jit(do_not_specialize=["max_pages", "num_splits"])
 def mla_decode_fwd_kernel(
     q_nope_ptr, q_rope_ptr, latent_ptr, scale_ptr, rope_ptr, table_ptr, length_ptr, partial_ptr, partial_lse_ptr,
     num_queries, num_heads, page_size, page_tokens, max_pages, num_splits, scale_log2,

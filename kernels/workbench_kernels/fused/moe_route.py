@@ -14,7 +14,7 @@ from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.moe_route import MAX_EXPERTS, SMALLEST, fits_twin
 
-TILE = 1_024  # scores of one program
+TILE = 512  # scores of one program
 MIN_BLOCK_E = 32
 SMALLEST_SUM = tl.constexpr(SMALLEST)
 
@@ -31,6 +31,11 @@ class Launch:
 def launch_for(num_experts: int) -> Launch:
     block_e = max(MIN_BLOCK_E, 1 << (num_experts - 1).bit_length())
     return Launch(max(1, TILE // block_e), block_e)
+
+
+def _chosen(kernel: str, logits: Tensor, active: int) -> Launch:
+    experts = logits.shape[1]
+    return chosen(launch_for(experts), kernel, logits.device, experts=experts, active=active, bytes=logits.itemsize)
 
 
 def forward(
@@ -56,7 +61,7 @@ def forward(
     scores = logits.new_empty(num_tokens, num_experts, dtype=torch.float32)
     counts = indices.new_zeros(num_experts)
     if num_tokens:
-        tile = chosen(launch_for(num_experts), "moe_route_fwd_kernel", logits.device, experts=num_experts)
+        tile = _chosen("moe_route_fwd_kernel", logits, num_experts_per_tok)
         moe_route_fwd_kernel[(cdiv(num_tokens, tile.block_n),)](
             logits, bias, indices, weights, scores, counts, num_tokens, routed_scaling_factor,
             num_experts, num_experts_per_tok, scoring_func, bias is not None,
@@ -82,7 +87,7 @@ def backward(
     logits = logits.contiguous()
     grad = torch.empty_like(logits)
     if num_tokens:
-        tile = chosen(launch_for(num_experts), "moe_route_bwd_kernel", logits.device, experts=num_experts)
+        tile = _chosen("moe_route_bwd_kernel", logits, indices.shape[1])
         moe_route_bwd_kernel[(cdiv(num_tokens, tile.block_n),)](
             grad_weights.contiguous(), grad_scores.contiguous(), logits, indices, scores, grad,
             num_tokens, routed_scaling_factor, num_experts, indices.shape[1], scoring_func, norm_topk_prob,

@@ -42,7 +42,9 @@ def forward(x: Tensor, block_rows: int, power_of_two: bool) -> tuple[Tensor, Ten
     values = torch.empty(x.shape, dtype=FP8, device=x.device)
     scale = x.new_empty(cdiv(num_rows, block_rows), num_blocks, dtype=torch.float32)
     if x.numel():
-        launch = chosen(launch_for(block_rows), "quantize_blockwise_fwd_kernel", x.device, block_rows=block_rows)
+        launch = chosen(
+            launch_for(block_rows), "quantize_blockwise_fwd_kernel", x.device, block_rows=block_rows, width=width
+        )
         native = architecture_of(x.device) in ROUNDS_TO_E4M3 and not interpreting()
         quantize_blockwise_fwd_kernel[(cdiv(num_rows, launch.block_m), num_blocks)](
             x, values if native else values.view(torch.uint8), scale, num_rows,

@@ -22,7 +22,7 @@ from workbench_kernels.sparse_select import MAX_KEYS, MAX_WIDTH, fits_twin
 
 WIDTHS = (64, MAX_WIDTH)  # others are filled up with zeros, which change no product
 FEW_QUERIES = 16  # those of new tokens: rows of a wider tile would be empty
-ROW_BLOCK, ROW_WARPS = 1_024, 4  # how much of a row of scores is looked at together; more spills on some targets
+ROW_BLOCK, ROW_WARPS = 512, 4  # how much of a row of scores is looked at together; more spills on some targets
 PROGRAMS = 256  # the key's gradient is summed in parts until so many programs run; fixed, whatever the GPU
 
 Kernel = Literal["fwd", "bwd_query", "bwd_key"]
