@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import sys
 import threading
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import workbench_kernels
 from workbench_kernels import causal_attention, mla_attention, rms_norm
-from workbench_kernels.tier import resolve, unwatched, using
+from workbench_kernels.tier import FUSED_OPS, resolve, unwatched, using
 
 
 def test_plain_tensors_are_unwatched_where_no_gradient_is_recorded() -> None:
@@ -88,3 +93,20 @@ def test_what_is_compiled_keeps_the_choice() -> None:
     x = torch.randn(2, 8)
     with using("reference"):
         torch.testing.assert_close(torch.compile(normed, backend="aot_eager", fullgraph=True)(x), normed(x))
+
+
+def test_twins_launch_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every function of a twin that an op calls enters it, which Triton does not do by itself."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    from workbench_kernels.fused.on_its_device import on_its_device
+
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor) or nullcontext())
+    x = torch.ones(1)
+    assert on_its_device(lambda tensor, y: (tensor, y))(x, 2) == (x, 2) and entered == [x]
+
+    package = Path(workbench_kernels.__file__).parent
+    for op in FUSED_OPS | {"expert_tiles"}:
+        called = set(re.findall(r"twin\.(\w+)\(", (package / f"{op}.py").read_text(encoding="utf-8")))
+        twin = importlib.import_module(f"workbench_kernels.fused.{op}")
+        assert called and all(hasattr(getattr(twin, name), "__wrapped__") for name in called), op

@@ -12,6 +12,7 @@ from torch import Tensor
 from workbench_kernels.expert_tiles import MAX_EXPERTS, MAX_TILES, most_tiles
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.cdiv import cdiv
+from workbench_kernels.fused.on_its_device import on_its_device
 
 BLOCK_P = 64  # pairs of one program
 BLOCK_E = 32  # experts counted at a time
@@ -20,6 +21,7 @@ NUM_WARPS = 4
 TILE = 4_096  # tiles x experts of one program of the map
 
 
+@on_its_device
 def expert_order(indices: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of an `ExpertOrder`; `indices` are int64 [N, A]."""
     offs, pair, row = sort_by_expert(indices, num_experts)

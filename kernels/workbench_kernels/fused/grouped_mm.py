@@ -17,6 +17,7 @@ from workbench_kernels.fused.architecture import TRITON_BEFORE_3_8, architecture
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.expert_tiles import tile_map
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
+from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.gated import SWIGLU, GatedActivation
 
@@ -87,6 +88,7 @@ class Product(NamedTuple):
     gate_up: Tensor | None
 
 
+@on_its_device
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -138,6 +140,7 @@ def forward(
     return Product(out, gate_up)
 
 
+@on_its_device
 def weight_grad(
     grad: Tensor,
     x: Tensor,

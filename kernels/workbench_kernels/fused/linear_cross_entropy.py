@@ -11,6 +11,7 @@ from torch import Tensor
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.linear_cross_entropy import Terms, chunks, gradients
 
@@ -40,6 +41,7 @@ def stride_for(vocabulary: int) -> int:
     return cdiv(vocabulary, STRIDE_UNIT) * STRIDE_UNIT
 
 
+@on_its_device
 def forward(input: Tensor, linear_weight: Tensor, target: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """Return the loss of every token [N] in float32, and the logarithm of its sum of exponentials [N] in float64.
 
@@ -58,6 +60,7 @@ def forward(input: Tensor, linear_weight: Tensor, target: Tensor, terms: Terms) 
     return loss, lse
 
 
+@on_its_device
 def backward(
     grad: Tensor,
     grad_lse: Tensor,

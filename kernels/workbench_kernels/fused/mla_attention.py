@@ -23,6 +23,7 @@ from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, merged
 from workbench_kernels.fused.architecture import architecture_of, precision_of
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
+from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.mla_attention import MAX_WIDTHS, fits_twin, most_for
 
@@ -104,6 +105,7 @@ class Operands(NamedTuple):
     launches: Launches
 
 
+@on_its_device
 def forward(
     q_nope: Tensor,
     q_rope: Tensor,
@@ -129,6 +131,7 @@ def forward(
     return _as_wide_as(value, out), lse
 
 
+@on_its_device
 def backward(
     grad: Tensor,
     q_nope: Tensor,

@@ -17,6 +17,7 @@ from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, merged
 from workbench_kernels.fused.architecture import MULTIPLIES_E4M3, TRITON_BEFORE_3_8, architecture_of, precision_of
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.scaled_mm_blockwise import decoded
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.mla_decode import MAX_LATENT, MAX_ODD_LATENT, MAX_ROPE, fits_twin, is_odd
@@ -96,6 +97,7 @@ def in_one_page(page_size: int | None, block_n: int) -> bool:
     return page_size is None or page_size % block_n == 0
 
 
+@on_its_device
 def forward(
     q_nope: Tensor,
     q_rope: Tensor,

@@ -15,6 +15,7 @@ from workbench_kernels.fused import grouped_mm
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.expert_tiles import sort_by_expert
+from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.gated import GatedActivation
 
@@ -52,6 +53,7 @@ def _chosen(kernel: str, rows: Tensor) -> Launch:
     return chosen(launch_for(width), kernel, rows.device, width=width, bytes=rows.itemsize)
 
 
+@on_its_device
 def forward(
     x: Tensor,
     w13: Tensor,
@@ -75,6 +77,7 @@ def forward(
     return Forward(_mix(y_MK, row, weights), kept, pair, row, offs)
 
 
+@on_its_device
 def backward(
     grad: Tensor,
     x: Tensor,

@@ -11,6 +11,7 @@ from workbench_kernels.fused import expert_tiles
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.moe_route import MAX_EXPERTS, SMALLEST, fits_twin
 
@@ -38,6 +39,7 @@ def _chosen(kernel: str, logits: Tensor, active: int) -> Launch:
     return chosen(launch_for(experts), kernel, logits.device, experts=experts, active=active, bytes=logits.itemsize)
 
 
+@on_its_device
 def forward(
     logits: Tensor,
     bias: Tensor | None,
@@ -72,6 +74,7 @@ def forward(
     return weights, scores, indices, counts
 
 
+@on_its_device
 def backward(
     grad_weights: Tensor,
     grad_scores: Tensor,

@@ -12,6 +12,7 @@ from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.architecture import architecture_of
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
+from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.quantize_blockwise import FP8, LARGEST, LARGEST_POWER, SMALLEST_SCALE, WIDTH
 
@@ -31,6 +32,7 @@ def launch_for(block_rows: int) -> Launch:
     return Launch(32, 4) if block_rows == 1 else Launch(block_rows, 8)
 
 
+@on_its_device
 def forward(x: Tensor, block_rows: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """Return values [M, K] and scale [M / block_rows, K / 128], rounded up, of contiguous x [M, K]."""
     check_dtype(x.dtype)

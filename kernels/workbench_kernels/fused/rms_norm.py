@@ -10,6 +10,7 @@ from torch import Tensor
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.rms_norm import MAX_ODD_WIDTH, MAX_WIDTH, fits_twin, width_step
 
@@ -33,12 +34,14 @@ def launch_for(width: int) -> Launch:
     return Launch(max(1, TILE // block_d), block_d, min(16, max(4, block_d // 256)))
 
 
+@on_its_device
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return y [M, D] and 1/rms [M] in float32 of contiguous x [M, D]."""
     y, _, rstd = _forward(x, None, weight, eps)
     return y, rstd
 
 
+@on_its_device
 def forward_of_sum(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return y and the sum [M, D] and 1/rms [M] in float32 of contiguous x and residual [M, D]."""
     y, total, rstd = _forward(x, residual, weight, eps)
@@ -62,6 +65,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     return y, total, rstd
 
 
+@on_its_device
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, further: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

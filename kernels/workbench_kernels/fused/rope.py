@@ -10,6 +10,7 @@ from torch import Tensor
 from workbench_kernels.fused.ahead_of_time import Case
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.rope import MAX_WIDTH, fits_twin
 
@@ -31,6 +32,7 @@ def launch_for(width: int) -> Launch:
     return Launch(TILE // block_p, block_p)
 
 
+@on_its_device
 def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Turn x [B, T, H, R], of any strides but the last, which is 1 after a copy where need be."""
     check_dtype(x.dtype)

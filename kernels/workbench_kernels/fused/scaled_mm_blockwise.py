@@ -12,6 +12,7 @@ from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case
 from workbench_kernels.fused.architecture import MULTIPLIES_E4M3, architecture_of
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.quantize_blockwise import VECTOR
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.quantize_blockwise import FP8, WIDTH
@@ -60,6 +61,7 @@ def launch_for(num_rows: int, architecture: str) -> Launch:
     return next((launch for launch in LAUNCHES[architecture] if num_rows <= launch.block_m), LAUNCHES[architecture][-1])
 
 
+@on_its_device
 def forward(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Return a [M, K] times b [N, K], of any strides, with scale_a [M, K / 128] and scale_b [N / 128, K / 128]."""
     check_dtype(out_dtype)

@@ -17,6 +17,7 @@ from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, merged
 from workbench_kernels.fused.architecture import architecture_of, precision_of
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
+from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.sparse_select import MAX_KEYS, MAX_WIDTH, fits_twin
 
@@ -64,6 +65,7 @@ def _chosen(kernel: Kernel, query: Tensor, architecture: str) -> Launch:
     return chosen(picked, f"sparse_select_{kernel}_kernel", query.device, **shape)
 
 
+@on_its_device
 def forward(query: Tensor, key: Tensor, weight: Tensor, index_topk: int) -> tuple[Tensor, Tensor]:
     """Return scores [B, T, S] and keys [B, T, Y] of query [B, T, H, K], key [B, S, K] and weight [B, T, H]."""
     _check(query, key)
@@ -99,6 +101,7 @@ def choose(scores: Tensor, index_topk: int) -> Tensor:
     return keys.gather(-1, ranks.sort(dim=-1, descending=True, stable=True).indices)
 
 
+@on_its_device
 def backward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and weight; the scores' gradient is rounded to the dtype of the products."""
     _check(query, key)
