@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,18 +11,26 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, compile_case
-from workbench_kernels.fused.cases import all_cases
+from ahead_of_time_pool import Compilation, cases_of, compiling
+
+from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, compile_case
 from workbench_kernels.tier import FUSED_OPS
 
-CASES = {kind: all_cases(kind) for kind in ("bf16", "fp32")}
+CASES = {kind: cases_of(kind) for kind in ("bf16", "fp32")}
 # Of these ops, the constant by which the many tiles are ordered.
-SIZES = {"moe_mlp": "BLOCK_X", "moe_route": "BLOCK_E", "rms_norm": "BLOCK_D", "rope": "BLOCK_P"}
+SIZES = {
+    "mla_attention": "BLOCK_K",
+    "mla_decode": "BLOCK_C",
+    "moe_mlp": "BLOCK_X",
+    "moe_route": "BLOCK_E",
+    "rms_norm": "BLOCK_D",
+    "rope": "BLOCK_P",
+}
 # One architecture of each vendor: with all four, the tests would take twice as long.
 EVERY_TILE = ("sm_90", "gfx942")
 
 
-def compilations(op: str, architecture: str) -> list[tuple[str, Case]]:
+def compilations(op: str, architecture: str) -> list[Compilation]:
     """What the op chooses there, in bfloat16 and on some in float32: of many tiles all, or the narrowest and widest."""
     found = []
     for kind in ("bf16", "fp32") if architecture in EVERY_TILE else ("bf16",):
@@ -28,28 +38,32 @@ def compilations(op: str, architecture: str) -> list[tuple[str, Case]]:
         known = {size for size in sizes if size is not None}
         kept = {None, *known} if architecture in EVERY_TILE or not known else {None, min(known), max(known)}
         found += [
-            (kind, case)
-            for case, size in zip(CASES[kind][op], sizes, strict=True)
+            Compilation(kind, op, index, architecture)
+            for index, (case, size) in enumerate(zip(CASES[kind][op], sizes, strict=True))
             if architecture in case.architectures and size in kept
         ]
     return found
 
 
-PAIRS = [
-    pytest.param(case, architecture, id=f"{case.name} {kind} {architecture}")
-    for op in CASES["bf16"]
-    for architecture in SHARED_LIMIT
-    for kind, case in compilations(op, architecture)
-]
+ALL = [found for op in CASES["bf16"] for architecture in SHARED_LIMIT for found in compilations(op, architecture)]
+
+
+@pytest.fixture(scope="module")
+def faults_of(request: pytest.FixtureRequest) -> Iterator[dict[Compilation, Future[list[str]]]]:
+    """Those of the compilations that this session tests."""
+    specs = [getattr(item, "callspec", None) for item in request.session.items]
+    chosen = [spec.params.get("compilation") for spec in specs if spec is not None]
+    with compiling([compilation for compilation in chosen if isinstance(compilation, Compilation)]) as found:
+        yield found
 
 
 def test_every_twin_is_listed() -> None:
     assert set(CASES["bf16"]) == FUSED_OPS
 
 
-@pytest.mark.parametrize(("case", "architecture"), PAIRS)
-def test_compiles_within_its_means(case: Case, architecture: str) -> None:
-    assert compile_case(case, architecture).faults(case, architecture) == []
+@pytest.mark.parametrize("compilation", ALL, ids=lambda x: f"{x.case.name} {x.kind} {x.architecture}")
+def test_compiles_within_its_means(compilation: Compilation, faults_of: dict[Compilation, Future[list[str]]]) -> None:
+    assert faults_of[compilation].result() == []
 
 
 def test_the_table_is_that_of_the_kernels() -> None:
