@@ -136,9 +136,11 @@ def hidden(num_queries: int, length: int, device: torch.device) -> Tensor:
 
 
 def lengths_of(kv_cache: Tensor | Float8Cache, block_table: Tensor | None, cache_seqlens: Tensor) -> list[int]:
-    """The tokens of every sequence, none of which may lie outside the cache."""
+    """The tokens of every sequence, none of which may lie outside the cache; without values, all that it can hold."""
     pages = kv_cache.latent if isinstance(kv_cache, Float8Cache) else kv_cache
     most = pages.shape[1] if block_table is None else block_table.shape[1] * pages.shape[1]
+    if cache_seqlens.is_meta:
+        return [most] * len(cache_seqlens)
     lengths = cache_seqlens.tolist()
     if not all(0 <= length <= most for length in lengths):
         raise ValueError(f"cache_seqlens {lengths} must lie in 0..{most} (tokens that a sequence has room for)")
