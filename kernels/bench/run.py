@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,11 +29,9 @@ from torch import Tensor
 from workbench_kernels.tier import FUSED_OPS
 
 PEER_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError)
-try:
+if find_spec("triton") is not None:  # no peer is written in it where it is not
     from triton.errors import TritonError
-except ImportError:
-    pass  # there are no peers in Triton where it is not
-else:
+
     PEER_ERRORS += (TritonError,)
 
 

@@ -166,7 +166,7 @@ def backward(
     grad_input, total = gradients(input, linear_weight, for_input, for_weight)
     ignored_N = target == terms.ignore_index
     target_N1 = target.masked_fill(ignored_N, 0)[:, None]
-    grad_N1, pull_N1 = (x.to(total.dtype).masked_fill(ignored_N, 0.0)[:, None] for x in (grad, grad_lse))
+    grad_N1, pull_N1 = (x.to(total.dtype)[:, None] for x in (grad, grad_lse))
     evenly = terms.label_smoothing / len(linear_weight)
     some_ignored = grad.device.type == "cpu" and bool(ignored_N.any())
     for rows, narrow_CV, logits_CV in _logits(input, linear_weight):

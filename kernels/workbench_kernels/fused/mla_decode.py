@@ -48,8 +48,9 @@ class Launch:
 # shared memory. Where a score product is cut, its operands would not fit the registers whole.
 FEW = {"sm_80": (16, 64, 512, 8), "sm_90": (16, 64, 512, 8), "sm_100": (16, 64, 512, 8), "gfx942": (16, 16, 512, 4)}
 MANY = {"sm_80": (32, 64, 512, 8), "sm_90": (64, 64, 512, 8), "sm_100": (64, 32, 512, 8), "gfx942": (32, 16, 512, 4)}
-MANY |= {} if TRITON_BEFORE_3_8 else {"sm_90": (64, 16, 512, 8)}
-MANY_SCATTERED = MANY | ({"sm_90": (64, 32, 512, 8)} if TRITON_BEFORE_3_8 else {})
+MANY_SCATTERED = MANY | {"sm_90": (64, 32, 512, 8)}
+if not TRITON_BEFORE_3_8:
+    MANY = MANY_SCATTERED = MANY | {"sm_90": (64, 16, 512, 8)}
 MANY_FLOAT8 = MANY | {"sm_80": (16, 64, 512, 8), "sm_90": (64, 32, 128, 8), "sm_100": (64, 32, 64, 8)}
 FLOAT32 = dict.fromkeys(SHARED_LIMIT, (16, 16, 32, 8)) | {"gfx942": (16, 16, 32, 4)}
 SMALL = dict.fromkeys(SHARED_LIMIT, (16, 32, 64, 8))  # widths that vector loads cannot read, or narrow float32
