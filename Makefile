@@ -45,8 +45,9 @@ lab: setup
 tour: setup
 	@$(BIN)/workbench tour
 
+# Whole files go to the workers, as some share what is costly among their tests.
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check

@@ -142,7 +142,7 @@ def backward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[
     num_keys = key.shape[1]
     key_BSK = key.to(weight.dtype)
     grad_query, grad_weight = query.new_empty(query.shape), weight.new_empty(weight.shape)
-    grad_key_BSK = torch.zeros_like(key_BSK)
+    grad_key_BKS = key_BSK.new_zeros(key_BSK.mT.shape)
     for first, last in _blocks(query, num_keys):
         query_BXK = query[:, first:last].to(weight.dtype).flatten(1, 2)
         weight_BX1 = weight[:, first:last].flatten(1, 2).unsqueeze(-1)
@@ -155,8 +155,9 @@ def backward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[
         passed_BXS = passed_NHS.view(num_sequences, query_BXK.shape[1], num_keys)
         # The weight multiplies what is narrow, heads of K numbers, and not rows of S.
         grad_query[:, first:last] = torch.bmm(passed_BXS, key_BSK).mul_(weight_BX1).view_as(grad_query[:, first:last])
-        grad_key_BSK.baddbmm_(passed_BXS.mT, query_BXK * weight_BX1)
-    return grad_query, grad_key_BSK.to(key.dtype), grad_weight
+        # Few rows of many columns: the matrix library adds up a narrow product of many terms less exactly.
+        grad_key_BKS.baddbmm_((query_BXK * weight_BX1).mT, passed_BXS)
+    return grad_query, grad_key_BKS.mT.to(key.dtype, memory_format=torch.contiguous_format), grad_weight
 
 
 @torch.library.custom_op("workbench_kernels::sparse_select", mutates_args=())
