@@ -167,3 +167,39 @@ def test_bad_input_gets_one_line(change, message: str) -> None:
 def test_bad_options_get_one_line(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         causal_attention(*make(5, 5, torch.float32), 0.3, **options)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_a_later_key_holds_is_never_read(gradients: bool) -> None:
+    query, key, value = (torch.randn(1, 5, 2, 4) for _ in range(3))
+    key[:, 4] = torch.inf
+    query = query.abs().requires_grad_(gradients)
+    expected = reference(query, key, value, 0.5)[:, :4]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(causal_attention(query, key, value, 0.5)[:, :4], expected)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_products_beyond_float16_do_not_overflow(gradients: bool) -> None:
+    query, key = (torch.full((1, 4, 1, 64), 40.0, dtype=torch.float16) for _ in range(2))
+    value = torch.randn(1, 4, 1, 8).half()
+    found = causal_attention(query.requires_grad_(gradients), key, value, 0.125)
+    torch.testing.assert_close(found[:, -1], value.float().mean(1).half(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"sinks": True}])
+@pytest.mark.parametrize("shape", [(1, 0, 2, 4), (0, 3, 2, 4), (1, 3, 0, 4)])
+def test_empty_axes(shape: tuple[int, ...], options: dict) -> None:
+    options = {**options, "sinks": torch.ones(shape[2])} if "sinks" in options else options
+    query = torch.ones(shape, requires_grad=True)
+    found = causal_attention(query, torch.ones(shape[0], 3, 1, 4), torch.ones(shape[0], 3, 1, 5), 1.0, **options)
+    assert found.shape == (*shape[:3], 5)
+    found.sum().backward()
+
+
+def test_compiles_once_for_all_lengths() -> None:
+    attend = torch.compile(causal_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (5, 64, 70, 129, 200):
+            query, key, value = (torch.randn(1, length, 2, 4, requires_grad=True) for _ in range(3))
+            torch.testing.assert_close(attend(query, key, value, 0.5), causal_attention(query, key, value, 0.5))

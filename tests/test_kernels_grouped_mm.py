@@ -109,6 +109,9 @@ def test_compiles_as_one_graph() -> None:
         ({"gather_idx": torch.zeros(3)}, r"gather_idx \(torch.float32 \[3\]\) must be int32 or int64 \[M\], M = 3"),
         ({"scatter_idx": torch.zeros(2, dtype=torch.int32)}, r"scatter_idx .* M = 3"),
         ({"row_scale": torch.zeros(2)}, r"row_scale .* must be floating \[3\]"),
+        ({"x": torch.zeros(0, 4), "gather_idx": torch.zeros(3, dtype=torch.int64)}, "names 3 rows and x has none"),
+        ({"gather_idx": torch.tensor(0)}, "must have one axis"),
+        ({"out_dtype": torch.int32}, "out_dtype=torch.int32 must be floating"),
         ({"weight": torch.zeros(2, 5, 4), "activation": SWIGLU}, r"must be \[E, 2N, K\] with an activation"),
     ],
 )
@@ -121,3 +124,21 @@ def test_refuses(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         grouped_mm(**arguments)
+
+
+def test_a_row_cut_from_a_wider_tensor() -> None:
+    weight, ends = torch.randn(2, 8, 16, requires_grad=True), torch.tensor([1, 1], dtype=torch.int32)
+    wide, grad = torch.randn(1, 17), torch.randn(1, 9)
+    found = grouped_mm(wide[:, :16], weight, ends)
+    torch.testing.assert_close(found, wide[:, :16] @ weight[0].T)
+    (grad_weight,) = torch.autograd.grad(found, weight, grad[:, :8])
+    torch.testing.assert_close(grad_weight[0], grad[:, :8].T @ wide[:, :16])
+    assert grouped_mm(wide[:0, :16], weight, torch.zeros_like(ends)).shape == (0, 8)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_rows_may_be_scattered_by_int32_and_what_nobody_owns_gathered_from_nowhere(impl: str) -> None:
+    x, weight, ends = torch.randn(3, 4), torch.randn(2, 5, 4), torch.tensor([1, 2], dtype=torch.int32)
+    gather, scatter = torch.tensor([2, 0, -1]), torch.tensor([1, 2, 0], dtype=torch.int32)
+    found = grouped_mm(x, weight, ends, gather_idx=gather, scatter_idx=scatter, impl=impl)
+    torch.testing.assert_close(found, torch.stack((torch.zeros(5), weight[0] @ x[2], weight[1] @ x[0])))

@@ -309,3 +309,13 @@ def test_refuses_targets_out_of_range(
     input = INPUT.clone().requires_grad_(recorded)
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(input, WEIGHT, target, ignore_index=ignore_index, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_target_without_probability_spoils_no_sum(impl: str) -> None:
+    states = torch.full((2, 4), 200.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.tensor([[-200.0] * 4, [1.0] * 4, [0.0] * 4], dtype=torch.float16)  # the first logit is -inf
+    found = linear_cross_entropy(states, weight, torch.tensor([0, 1]), reduction="none", return_lse=True, impl=impl)
+    assert found.lse.tolist() == [800, 800]
+    found.lse[0].backward()
+    assert states.grad is not None and states.grad.tolist() == [[1.0] * 4, [0.0] * 4]

@@ -135,6 +135,7 @@ def test_compiles_as_one_graph(float8: bool) -> None:
 
 PLAIN, NARROW = decoding((3, 2), 1, 2, 5, 3), decoding((3, 2), 1, 2, 5, 3, float8=True)
 PAGED = decoding((3, 2), 1, 2, 5, 3, page_size=2)
+PAGED_TO_NOWHERE = torch.full((2, 3), -1, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,9 @@ PAGED = decoding((3, 2), 1, 2, 5, 3, page_size=2)
         (PLAIN, {"impl": "fused"}, "only with TRITON_INTERPRET=1"),
         (PAGED, {"block_table": torch.ones(3, 2, dtype=torch.int32)}, r"must be torch.int32 \[2, pages\]"),
         (PAGED, {"block_table": torch.ones(2, 2)}, r"must be torch.int32 \[2, pages\]"),
-        (PAGED, {"kv_cache": torch.ones(4, 0, 8)}, "pages of at least one token"),
+        (PAGED, {"kv_cache": torch.ones(4, 0, 8)}, "pages, of at least one token each"),
+        (PAGED, {"kv_cache": torch.ones(0, 2, 8)}, "must have pages"),
+        (PAGED, {"block_table": PAGED_TO_NOWHERE}, r"block_table names pages -1\.\."),
         (PAGED, {"cache_seqlens": torch.tensor([3, 7], dtype=torch.int32)}, r"must lie in 0..6"),
         (NARROW, {"scale": torch.ones(2, 6, 2)}, r"kv_cache.scale \[2, 6, 2\] must be \[..., ..., 1\]"),
         (NARROW, {"rope": torch.ones(2, 5, 3)}, "kv_cache.rope"),
@@ -171,3 +174,24 @@ def test_auto_on_a_gpu_takes_the_definition_for_widths_without_a_twin(monkeypatc
     for widths, tier in (((512, 64), "fused"), ((60, 6), "fused"), ((72, 64), "reference"), ((576, 64), "reference")):
         fits = fits_twin(*widths)
         assert resolve("mla_decode", "auto", torch.device("cuda"), torch.bfloat16, fits=fits) == tier
+
+
+def test_a_later_token_is_never_read_whatever_it_holds() -> None:
+    query, rope, cache = torch.randn(1, 2, 3, 6), torch.randn(1, 2, 3, 2), torch.randn(1, 4, 8)
+    later = cache.clone()
+    later[0, 3, 6:] = torch.inf  # the positional key of the last token
+    lengths = torch.tensor([4], dtype=torch.int32)
+    found, expected = (mla_decode(query, rope, x, cache_seqlens=lengths, softmax_scale=SCALE) for x in (later, cache))
+    torch.testing.assert_close(found.out[:, 0], expected.out[:, 0])
+    torch.testing.assert_close(found.lse[:, 0], expected.lse[:, 0])
+
+
+def test_lse_is_exact_where_the_first_token_is_far_below_the_others() -> None:
+    query, cache = torch.randn(1, 1, 1, 16), 0.3 * torch.randn(1, 20, 20)
+    cache[0, 0, :16] = -1e6 * query[0, 0, 0] / query.square().sum()
+    lengths, rope = torch.tensor([20], dtype=torch.int32), torch.zeros(1, 1, 1, 4)
+    ours, exact = (
+        mla_decode(query.to(x), rope.to(x), cache.to(x), cache_seqlens=lengths, softmax_scale=1.0).lse
+        for x in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)

@@ -218,3 +218,15 @@ def test_refuses(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         moe_mlp(**arguments)
+
+
+@pytest.mark.parametrize(("factor", "weight"), [(1e-4, 1e5), (3e3, 1e-8)])
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_float32_router_weights_may_be_none_of_float16(tokens: int, factor: float, weight: float) -> None:
+    x, w13, w2, indices, _ = make(tokens, 16, 16, torch.float16)
+    weights = torch.full(indices.shape, weight)
+    w2 = (w2 * factor).half()
+    expected = reference(x, w13, w2, indices, weights)
+    assert expected.isfinite().all() and expected.any()
+    with torch.inference_mode():
+        torch.testing.assert_close(moe_mlp(x, w13, w2, indices, weights), expected, rtol=5e-3, atol=1e-7)

@@ -100,3 +100,10 @@ def test_auto_on_a_gpu_takes_the_definition_for_more_experts_than_the_twin(monke
     monkeypatch.setattr("workbench_kernels.tier.find_spec", lambda name: object())
     for experts, tier in ((1024, "fused"), (1025, "reference")):
         assert resolve("moe_route", "auto", torch.device("cuda"), torch.float32, fits=fits_twin(experts)) == tier
+
+
+def test_a_score_that_is_zero_has_a_gradient_of_zero() -> None:
+    logits = torch.tensor([[1.0, 0.5, -120.0, 2.0]], requires_grad=True)
+    routed = moe_route(logits, 2, scoring_func="sqrtsoftplus", norm_topk_prob=True)
+    (grad,) = torch.autograd.grad(routed.weights[0, 0], logits)
+    assert grad[0, 0] != 0 and grad[0, 1:3].tolist() == [0, 0] and grad.isfinite().all()

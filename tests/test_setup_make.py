@@ -63,6 +63,14 @@ def test_another_torch_build_is_taken_from_its_index_alone(checkout: Path):
     assert line.endswith("--no-deps torch") and "-c constraints.txt" in line
 
 
+def test_bench_runs_every_benchmark(checkout: Path):
+    folder = checkout / "tests" / "benchmarks"
+    folder.mkdir(parents=True)
+    (folder / "count.py").touch()
+    plan = make(checkout, "--dry-run", "bench").stdout
+    assert "kernels/bench/run.py" in plan and "tests/benchmarks/count.py" in plan
+
+
 def test_an_old_python_is_one_clear_line(checkout: Path, old_python: Path):
     done = make(checkout, "-s", "setup", f"PYTHON={old_python}")
     ours = [line for line in done.stderr.splitlines() if not line.startswith("make")]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench_kernels.tier import asked, resolve, unwatched
+from workbench_kernels.tier import asked, check_devices, resolve, unwatched
 
 _BLOCK_ROWS = 64
 # The blockwise form keeps half of every T x S matrix for backward; beyond this many keys torch's flash form is used.
@@ -54,13 +54,15 @@ def causal_attention(
     _check(query, key, value)
     _check_options(query, window, sinks)
     tier = resolve("causal_attention", impl, query.device, query.dtype)
-    if asked(impl) == "reference":
+    if asked(impl) == "reference" or query.numel() == 0:
         return reference(query, key, value, scale, window=window, sinks=sinks)
     if window is not None or sinks is not None:
         return by_blocks(query, key, value, scale, window=window, sinks=sinks)
-    if tier == "torch" and unwatched(query, key, value):
+    # Products in float16 overflow early; torch's flash form keeps them in float32.
+    blockwise = tier == "torch" and query.dtype != torch.float16
+    if blockwise and unwatched(query, key, value):
         return alone(query, key, value, scale)
-    if tier == "torch" and key.shape[1] <= LONGEST_KEPT:
+    if blockwise and key.shape[1] <= LONGEST_KEPT:
         return _causal_attention(query, key, value, scale)[0]
     return flash(query, key, value, scale)
 
@@ -135,7 +137,7 @@ def alone(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return torch.stack(mixed).unsqueeze(1) if mixed else value.new_empty(0, 1, num_heads, value.shape[-1])
     query_XTK, key_XSK, value_XSU = (_by_head(x, num_heads) for x in (query, key, value))
     out_XTU = value.new_empty(query_XTK.shape[0], num_queries, value.shape[-1])
-    future = torch.full((rows, rows), float("-inf"), dtype=query.dtype).triu(1)
+    future = ~visible(rows, rows, query.device)
     for block in blocks(num_queries, key.shape[1], num_heads, rows):
         weights = _scores(block, query_XTK, key_XSK, scale, future)
         torch.softmax(weights, dim=-1, out=weights)
@@ -173,13 +175,15 @@ def _scores(block: Block, query_XTK: Tensor, key_XSK: Tensor, scale: float, futu
     """[X, rows, seen], the scaled products of a block's queries, minus infinity for the keys after each."""
     rows = block.last - block.first
     scores = torch.bmm(query_XTK[:, block.first : block.last], key_XSK[:, : block.seen].mT).mul_(scale)
-    scores[:, :, block.seen - rows :] += future[:rows, :rows]
+    scores[:, :, block.seen - rows :].masked_fill_(future[:rows, :rows], float("-inf"))
     return scores
 
 
 def _kept_size(num_queries: int, num_keys: int, num_heads: int) -> int:
-    """Weights of all blocks of one sequence."""
-    return sum(num_heads * (b.last - b.first) * b.seen for b in blocks(num_queries, num_keys, num_heads))
+    """Weights of all `blocks` of one sequence, as a formula: the compiler may not know the lengths."""
+    past, whole, rest = num_keys - num_queries, num_queries // _BLOCK_ROWS, num_queries % _BLOCK_ROWS
+    of_whole = _BLOCK_ROWS * (whole * past + _BLOCK_ROWS * whole * (whole + 1) // 2)
+    return num_heads * (of_whole + rest * num_keys)
 
 
 @torch.library.custom_op("workbench_kernels::causal_attention", mutates_args=(), device_types="cpu")
@@ -189,7 +193,7 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     query_XTK, key_XSK, value_XSU = (_by_head(x, num_heads) for x in (query, key, value))
     out_XTU = value.new_empty(query_XTK.shape[0], num_queries, value.shape[-1])
     kept = query.new_empty(num_sequences * _kept_size(num_queries, key.shape[1], num_heads))
-    future = torch.full((_BLOCK_ROWS, _BLOCK_ROWS), float("-inf"), dtype=query.dtype).triu(1)
+    future = ~visible(_BLOCK_ROWS, _BLOCK_ROWS, query.device)
     for block in blocks(num_queries, key.shape[1], num_heads):
         weights = block.weights(kept, num_sequences)
         torch.softmax(_scores(block, query_XTK, key_XSK, scale, future), dim=-1, out=weights)
@@ -274,6 +278,7 @@ _causal_attention.register_autograd(_backward, setup_context=_save)
 
 
 def _check_options(query: Tensor, window: int | None, sinks: Tensor | None) -> None:
+    check_devices(query, sinks=sinks)
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1: a query reads its own key")
     if sinks is not None and (sinks.shape != query.shape[2:3] or not sinks.is_floating_point()):
@@ -281,6 +286,7 @@ def _check_options(query: Tensor, window: int | None, sinks: Tensor | None) -> N
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    check_devices(query, key=key, value=value)
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise ValueError(f"{shapes} must have 4 axes each")

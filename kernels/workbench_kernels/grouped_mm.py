@@ -8,7 +8,7 @@ from torch import Tensor
 
 from workbench_kernels.expert_tiles import MAX_EXPERTS
 from workbench_kernels.gated import GatedActivation
-from workbench_kernels.tier import Tier, resolve, unwatched
+from workbench_kernels.tier import Tier, check_devices, resolve, unwatched
 
 
 class Options(NamedTuple):
@@ -93,16 +93,17 @@ def reference(x: Tensor, weight: Tensor, offs: Tensor, options: Options = NO_OPT
         start += size
     products.append(products[0].new_zeros(num_rows - start, products[0].shape[1]))
     out = torch.cat(products).to(out_dtype or x.dtype)
-    return out if scatter_idx is None else torch.empty_like(out).index_copy(0, scatter_idx, out)
+    return out if scatter_idx is None else torch.empty_like(out).index_copy(0, scatter_idx.long(), out)
 
 
 def _in_passes(x: Tensor, weight: Tensor, offs: Tensor, options: Options, tier: Tier) -> Tensor:
     """The product and a pass over the rows for every option."""
     bias, gather_idx, scatter_idx, row_scale, activation, out_dtype = options
-    rows = x if gather_idx is None else _take(x, gather_idx)
-    y = _grouped_mm(rows, weight, offs, tier == "fused")
-    expert = torch.searchsorted(offs, torch.arange(len(rows), dtype=torch.int32, device=x.device), right=True)
+    num_rows = len(x) if gather_idx is None else len(gather_idx)
+    expert = torch.searchsorted(offs, torch.arange(num_rows, dtype=torch.int32, device=x.device), right=True)
     owned = expert < len(offs)
+    rows = x if gather_idx is None else _take(x, gather_idx.where(owned, 0))
+    y = _grouped_mm(rows, weight, offs, tier == "fused")
     if bias is not None:
         y = y + _take(bias, expert.clamp(max=len(offs) - 1)).where(owned[:, None], 0)
     if activation is not None:
@@ -110,7 +111,7 @@ def _in_passes(x: Tensor, weight: Tensor, offs: Tensor, options: Options, tier: 
     if row_scale is not None:
         y = y * row_scale.where(owned, 0)[:, None]
     y = y.to(out_dtype or x.dtype)
-    return y if scatter_idx is None else torch.empty_like(y).index_copy(0, scatter_idx, y)
+    return y if scatter_idx is None else torch.empty_like(y).index_copy(0, scatter_idx.long(), y)
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ def rows_by_experts(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     groups = group_sizes(offs, x.shape[0])
     owned = sum(groups)
     if _torch_groups(x.dtype, *weight.shape[1:]):
-        out = F.grouped_mm(x.contiguous(), _dense(weight).transpose(1, 2), offs=offs)
+        out = F.grouped_mm(_packed(x), _dense(weight).transpose(1, 2), offs=offs)
     else:
         out = x.new_empty(x.shape[0], weight.shape[1])
         for rows, matrix, out_rows in zip(
@@ -153,7 +154,7 @@ def rows_by_rows(grad: Tensor, x: Tensor, offs: Tensor) -> Tensor:
     """`grad[start:end].T @ x[start:end]` for every expert, in one tensor [E, N, K]: the weight's gradient."""
     groups = group_sizes(offs, x.shape[0])
     if _torch_groups(x.dtype, grad.shape[1], x.shape[1]):
-        return F.grouped_mm(grad.contiguous().t(), x.contiguous(), offs=offs)
+        return F.grouped_mm(_packed(grad).t(), _packed(x), offs=offs)
     owned = sum(groups)
     out = x.new_empty(len(groups), grad.shape[1], x.shape[1])
     for grad_rows, rows, matrix in zip(grad[:owned].split(groups), x[:owned].split(groups), out.unbind(), strict=True):
@@ -181,11 +182,17 @@ def _torch_groups(dtype: torch.dtype, *widths: int) -> bool:
     )
 
 
+def _packed(x: Tensor) -> Tensor:
+    """Rows at a step of their own width, which torch also demands of a single row, whose step means nothing."""
+    return x if x.is_contiguous() and x.stride(0) == x.shape[1] else x.clone(memory_format=torch.contiguous_format)
+
+
 def _dense(weight: Tensor) -> Tensor:
     return weight if weight.is_contiguous() or weight.transpose(1, 2).is_contiguous() else weight.contiguous()
 
 
 def _check(x: Tensor, weight: Tensor, offs: Tensor) -> None:
+    check_devices(x, weight=weight, offs=offs)
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2]:
         raise ValueError(f"x {list(x.shape)} must be [M, K] and weight {list(weight.shape)} [E, N, K]")
     if x.dtype != weight.dtype or not x.is_floating_point():
@@ -195,8 +202,15 @@ def _check(x: Tensor, weight: Tensor, offs: Tensor) -> None:
 
 
 def _check_options(x: Tensor, weight: Tensor, options: Options) -> None:
-    bias, gather_idx, scatter_idx, row_scale, activation, _ = options
+    bias, gather_idx, scatter_idx, row_scale, activation, out_dtype = options
+    check_devices(x, bias=bias, gather_idx=gather_idx, scatter_idx=scatter_idx, row_scale=row_scale)
+    if gather_idx is not None and gather_idx.ndim != 1:
+        raise ValueError(f"gather_idx {list(gather_idx.shape)} must have one axis")
     num_rows = len(x) if gather_idx is None else len(gather_idx)
+    if num_rows > len(x) == 0:
+        raise ValueError(f"gather_idx names {num_rows} rows and x has none")
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise ValueError(f"out_dtype={out_dtype} must be floating")
     if bias is not None and (bias.shape != weight.shape[:2] or bias.dtype != x.dtype):
         raise ValueError(f"bias ({bias.dtype} {list(bias.shape)}) must be {list(weight.shape[:2])} in {x.dtype}")
     for name, index in (("gather_idx", gather_idx), ("scatter_idx", scatter_idx)):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench_kernels.tier import resolve, unwatched
+from workbench_kernels.tier import check_devices, resolve, unwatched
 
 WORKSPACE_BYTES = 512 * 2**20
 _CHUNK_ROWS = 256  # on a CPU: more take longer, as their logits leave the caches; fewer, as weight gradients add up
@@ -142,10 +142,10 @@ def forward(input: Tensor, linear_weight: Tensor, target: Tensor, terms: Terms) 
     ignored_N = target == terms.ignore_index
     target_N1 = target.masked_fill(ignored_N, 0)[:, None]
     for rows, _, logits_CV in _logits(input, linear_weight):
-        chosen_C1 = logits_CV.gather(1, target_N1[rows])
+        largest_C = logits_CV.amax(dim=1)
         log_softmax_CV = torch.log_softmax(logits_CV, dim=1, out=logits_CV)
         loss_C1 = -log_softmax_CV.gather(1, target_N1[rows])
-        lse_N[rows] = (chosen_C1.double() + loss_C1).squeeze(1)
+        lse_N[rows] = largest_C.double() - log_softmax_CV.amax(dim=1)
         if terms.label_smoothing:
             loss_C1.lerp_(-log_softmax_CV.mean(dim=1, keepdim=True), terms.label_smoothing)
         loss_N[rows] = loss_C1.squeeze(1)
@@ -225,6 +225,7 @@ def _logits(input: Tensor, linear_weight: Tensor) -> Iterator[tuple[slice, Tenso
 
 
 def _check(input: Tensor, linear_weight: Tensor, target: Tensor) -> None:
+    check_devices(input, linear_weight=linear_weight, target=target)
     if input.ndim != 2 or linear_weight.ndim != 2 or input.shape[1] != linear_weight.shape[1]:
         raise ValueError(
             f"input {list(input.shape)} must be [N, K] and linear_weight {list(linear_weight.shape)} [V, K]"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench_kernels.causal_attention import causal_attention, visible
-from workbench_kernels.tier import asked, resolve, unwatched
+from workbench_kernels.tier import asked, check_devices, resolve, unwatched
 
 # Of K, R and U: the twin keeps tiles of whole heads, and float32 takes more room than twice that of 16 bits.
 MAX_WIDTHS, MAX_WIDTHS_FLOAT32 = (256, 64, 256), (128, 64, 128)
@@ -380,9 +380,9 @@ _mla_attention.register_autograd(_backward, setup_context=_save)
 
 def _check(q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor) -> None:
     tensors = {"q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "value": value}
-    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+    check_devices(q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, value=value)
     if [x.ndim for x in tensors.values()] != [4, 4, 4, 3, 4]:
-        raise ValueError(f"{shapes} must have 4 axes each, k_rope 3")
+        raise ValueError(f"{_shapes(tensors)} must have 4 axes each, k_rope 3")
     (sequences, queries, heads, key_width), keys, rope_width = q_nope.shape, k_nope.shape[1], q_rope.shape[3]
     fits = (
         q_rope.shape[:3] == q_nope.shape[:3]
@@ -392,7 +392,8 @@ def _check(q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value
     )
     if not fits or 0 in (heads, key_width, rope_width, value.shape[3]):
         raise ValueError(
-            f"{shapes} must be [B, T, H, K], [B, T, H, R], [B, S, H, K], [B, S, R], [B, S, H, U] with H, K, R, U > 0"
+            f"{_shapes(tensors)} must be [B, T, H, K], [B, T, H, R], [B, S, H, K], [B, S, R], [B, S, H, U] "
+            "with H, K, R, U > 0"
         )
     if queries > keys:
         raise ValueError(f"{queries} queries are more than {keys} keys: the queries are the last positions")
@@ -401,9 +402,14 @@ def _check(q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value
         raise ValueError(f"{dtypes} must have one floating dtype")
 
 
+def _shapes(tensors: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+
+
 def _check_options(
     q_nope: Tensor, k_nope: Tensor, cu_seqlens: Tensor | None, window: int | None, sinks: Tensor | None
 ) -> None:
+    check_devices(q_nope, cu_seqlens=cu_seqlens, sinks=sinks)
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1: a query reads its own key")
     if sinks is not None and (sinks.shape != q_nope.shape[2:3] or not sinks.is_floating_point()):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench_kernels.quantize_blockwise import WIDTH, dequantize
-from workbench_kernels.tier import resolve, unwatched
+from workbench_kernels.tier import check_devices, resolve, unwatched
 
 MAX_LATENT = 512  # the twin keeps the mixed latents of its rows in registers
 MAX_ODD_LATENT = 64
@@ -84,6 +84,10 @@ def mla_decode(
     keys side by side); FlashMLA (layout of the cache).
     """
     latent, scale, rope = kv_cache if isinstance(kv_cache, Float8Cache) else (kv_cache, None, None)
+    check_devices(
+        q_nope, q_rope=q_rope, kv_cache=latent, scale=scale, rope=rope,
+        block_table=block_table, cache_seqlens=cache_seqlens,
+    )  # fmt: skip
     _check_queries(q_nope, q_rope)
     if scale is None or rope is None:
         _check_cache(q_nope, q_rope, latent)
@@ -144,6 +148,11 @@ def lengths_of(kv_cache: Tensor | Float8Cache, block_table: Tensor | None, cache
     lengths = cache_seqlens.tolist()
     if not all(0 <= length <= most for length in lengths):
         raise ValueError(f"cache_seqlens {lengths} must lie in 0..{most} (tokens that a sequence has room for)")
+    if block_table is not None and max(lengths, default=0) > 0:
+        first_token_P = torch.arange(block_table.shape[1], device=block_table.device) * pages.shape[1]
+        used = block_table[first_token_P < cache_seqlens[:, None]]
+        if not 0 <= int(used.min()) <= int(used.max()) < len(pages):
+            raise ValueError(f"block_table names pages {int(used.min())}..{int(used.max())} of {len(pages)}")
     return lengths
 
 
@@ -195,39 +204,38 @@ def _attend_to_last(query: Tensor, kv: Tensor, num_queries: int, softmax_scale: 
     early = max(0, num_queries - length) * (num_rows // num_queries)  # rows before the first token see nothing
     attend = _attend_by_blocks if query.itemsize == 2 else _attend
     if early == 0:
-        return attend(query, kv, hidden_rows(num_queries, num_rows, length, query), softmax_scale)
+        return attend(query, kv, hidden_rows(num_queries, num_rows, length, query.device), softmax_scale)
     mixed, wide = torch.zeros_like(query), torch.promote_types(query.dtype, torch.float32)
     lse = query.new_full(query.shape[:2], -torch.inf, dtype=wide)
     if early < num_rows:
-        mask_MS = hidden_rows(length, num_rows - early, length, query)
-        mixed[:, early:], lse[:, early:] = attend(query[:, early:], kv, mask_MS, softmax_scale)
+        later_MS = hidden_rows(length, num_rows - early, length, query.device)
+        mixed[:, early:], lse[:, early:] = attend(query[:, early:], kv, later_MS, softmax_scale)
     return mixed, lse
 
 
-def hidden_rows(num_queries: int, num_rows: int, length: int, like: Tensor) -> Tensor | None:
-    """[M, S], what is added to logits: minus infinity where a token comes after the row's query. None: nowhere."""
+def hidden_rows(num_queries: int, num_rows: int, length: int, device: torch.device) -> Tensor | None:
+    """[M, S], True where a token comes after the row's query. None: nowhere."""
     if num_queries == 1:
         return None
-    hidden_TS = hidden(num_queries, length, like.device)
-    mask_TS = like.new_zeros(hidden_TS.shape).masked_fill_(hidden_TS, -torch.inf)
-    return mask_TS.repeat_interleave(num_rows // num_queries, dim=0)
+    return hidden(num_queries, length, device).repeat_interleave(num_rows // num_queries, dim=0)
 
 
-def _attend(query: Tensor, kv: Tensor, mask: Tensor | None, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """[B, M, W] and [B, M] of query [B, M, W] and kv [B, S, W]; `mask` [M, S] is added to the logits."""
+def _attend(query: Tensor, kv: Tensor, later: Tensor | None, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """[B, M, W] and [B, M] of query [B, M, W] and kv [B, S, W]; where `later` [M, S] is True nothing is seen."""
     logits_BMS = torch.bmm(query, kv.mT).mul_(softmax_scale)
-    if mask is not None:
-        logits_BMS += mask
+    if later is not None:
+        logits_BMS.masked_fill_(later, -torch.inf)
     log_weights_BMS = logits_BMS.log_softmax(-1)
-    lse_BM = logits_BMS[..., 0] - log_weights_BMS[..., 0]  # every row sees the first token
+    lse_BM = logits_BMS.amax(-1) - log_weights_BMS.amax(-1)  # the second is small, so little of it is rounded away
     return torch.bmm(log_weights_BMS.exp_(), kv), lse_BM
 
 
-def _attend_by_blocks(query: Tensor, kv: Tensor, mask: Tensor | None, softmax_scale: float) -> tuple[Tensor, Tensor]:
+def _attend_by_blocks(query: Tensor, kv: Tensor, later: Tensor | None, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """The same by torch's flash form, which keeps products of 16 bits in float32; its statistics are float32."""
     kv_B1SW = kv.unsqueeze(1)
     if kv_B1SW.stride(-1) != 1:  # what is called below takes it for granted
         kv_B1SW = kv_B1SW.contiguous()
+    mask = None if later is None else query.new_zeros(later.shape).masked_fill_(later, -torch.inf)
     mixed_B1MW, lse_B1M = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.unsqueeze(1), kv_B1SW, kv_B1SW, attn_mask=mask, scale=softmax_scale
     )
@@ -316,5 +324,5 @@ def _check_lengths(num_sequences: int, cached: Tensor, block_table: Tensor | Non
         raise ValueError(
             f"block_table ({block_table.dtype} {list(block_table.shape)}) must be torch.int32 [{num_sequences}, pages]"
         )
-    elif cached.shape[1] == 0:
-        raise ValueError(f"kv_cache {list(cached.shape)} must have pages of at least one token")
+    elif cached.shape[1] == 0 or (block_table.numel() > 0 and cached.shape[0] == 0):
+        raise ValueError(f"kv_cache {list(cached.shape)} must have pages, of at least one token each")

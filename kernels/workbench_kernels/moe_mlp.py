@@ -23,7 +23,7 @@ from workbench_kernels.expert_order import (
 from workbench_kernels.expert_tiles import MAX_EXPERTS
 from workbench_kernels.gated import SWIGLU, GatedActivation
 from workbench_kernels.grouped_mm import rows_by_experts, rows_by_rows
-from workbench_kernels.tier import resolve, unwatched
+from workbench_kernels.tier import check_devices, resolve, unwatched
 
 FEW_PAIRS = 64  # up to here a product for each chosen expert costs less than sorting and torch's grouped product
 
@@ -115,7 +115,11 @@ def few_pairs(
     check_experts((min(pairs), max(pairs)), w13.shape[0])
     # A single token's rows may stay as its slots are; those of several are sorted by expert.
     order = list(range(len(pairs))) if len(x) == 1 else sorted(range(len(pairs)), key=pairs.__getitem__)
-    rows_MK = x.expand(len(pairs), -1) if len(x) == 1 else x[torch.tensor([pair // num_slots for pair in order])]
+    rows_MK = (
+        x.expand(len(pairs), -1)
+        if len(x) == 1
+        else x[torch.tensor([pair // num_slots for pair in order], device=x.device)]
+    )
     experts = [pairs[pair] for pair in order]
     starts = [i for i in range(len(experts)) if i == 0 or experts[i] != experts[i - 1]]
     groups = [(experts[i], slice(i, j)) for i, j in zip(starts, [*starts[1:], len(experts)], strict=True)]
@@ -130,13 +134,14 @@ def few_pairs(
         torch.mm(hidden_MF[rows], w2[expert].t(), out=y_MK[rows])
     if b2 is not None:
         y_MK += b2[experts]
-    if len(x) == 1:
+    if len(x) == 1 and x.dtype != torch.float16:
         return torch.mm(weights.to(x.dtype), y_MK)
     row_of_pair = sorted(range(len(order)), key=order.__getitem__)
-    return _mix(y_MK, torch.tensor(row_of_pair).view(indices.shape), weights)
+    return _mix(y_MK, torch.tensor(row_of_pair, device=x.device).view(indices.shape), weights)
 
 
 def _check(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) -> None:
+    check_devices(x, w13=w13, w2=w2, indices=indices, weights=weights)
     if x.ndim != 2 or w13.ndim != 3 or w2.ndim != 3:
         raise ValueError(f"x has {x.ndim} axes, w13 {w13.ndim} and w2 {w2.ndim}; they must have 2, 3 and 3")
     num_experts, width, hidden = w2.shape
@@ -155,6 +160,7 @@ def _check(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor)
 
 
 def _check_biases(x: Tensor, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None) -> None:
+    check_devices(x, b13=b13, b2=b2)
     for name, bias, shape in (("b13", b13, w13.shape[:2]), ("b2", b2, w2.shape[:2])):
         if bias is not None and (bias.shape != shape or bias.dtype != x.dtype):
             raise ValueError(f"{name} ({bias.dtype} {list(bias.shape)}) must be {list(shape)} in {x.dtype}")
@@ -323,8 +329,11 @@ def _mix(rows_MK: Tensor, row_NA: Tensor, weights_NA: Tensor | None) -> Tensor:
     """Sum each token's rows, one after the other and so the same in every run."""
     if row_NA.numel() == 0:
         return rows_MK.new_empty(row_NA.shape[0], rows_MK.shape[1])
-    weights_NA = None if weights_NA is None else weights_NA.to(rows_MK.dtype)
-    return F.embedding_bag(row_NA, rows_MK, mode="sum", per_sample_weights=weights_NA)
+    if weights_NA is None:
+        return F.embedding_bag(row_NA, rows_MK, mode="sum")
+    if rows_MK.dtype == torch.float16 and weights_NA.dtype == torch.float32:  # of which float16 holds few
+        return F.embedding_bag(row_NA, rows_MK.float(), mode="sum", per_sample_weights=weights_NA).half()
+    return F.embedding_bag(row_NA, rows_MK, mode="sum", per_sample_weights=weights_NA.to(rows_MK.dtype))
 
 
 def _save(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

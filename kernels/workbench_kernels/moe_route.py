@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench_kernels.expert_tiles import ExpertOrder, expert_order
-from workbench_kernels.tier import resolve
+from workbench_kernels.tier import check_devices, resolve
 
 ScoringFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 GroupScore = Literal["max", "top2"]
@@ -130,7 +130,9 @@ def expert_scores(logits: Tensor, scoring_func: str) -> Tensor:
         case "sigmoid":
             return logits.sigmoid()
         case "sqrtsoftplus":
-            return F.softplus(logits).sqrt()
+            # Far below zero softplus is 0, where the slope of a root is infinite.
+            softplus = F.softplus(logits)
+            return softplus.clamp(min=torch.finfo(softplus.dtype).tiny).sqrt().where(softplus > 0, 0)
         case _:
             raise ValueError(f"scoring_func={scoring_func!r} must be one of softmax, sigmoid, sqrtsoftplus")
 
@@ -150,6 +152,7 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 
 def _check(logits: Tensor, num_experts_per_tok: int, bias: Tensor | None, n_group: int, topk_group: int) -> None:
+    check_devices(logits, bias=bias)
     if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
         raise ValueError(f"logits ({logits.dtype} {list(logits.shape)}) must be floating [N, E] with E > 0")
     num_experts = logits.shape[1]

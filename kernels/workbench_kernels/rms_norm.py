@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench_kernels.tier import resolve, unwatched
+from workbench_kernels.tier import check_devices, resolve, unwatched
 
 MAX_WIDTH = 8_192  # the twin keeps a row in registers; the backward of a wider one spills
 MAX_ODD_WIDTH = 4_096
@@ -57,6 +57,7 @@ def rms_norm(
 
     Source: Zhang and Sennrich, arXiv 1910.07467, equation 4.
     """
+    check_devices(x, weight=weight, residual=residual)
     if weight.ndim != 1 or x.ndim == 0 or x.shape[-1] != weight.shape[0] or weight.shape[0] == 0:
         raise ValueError(f"x {list(x.shape)} must be [..., D] and weight {list(weight.shape)} [D] with D > 0")
     if x.dtype != weight.dtype or not x.is_floating_point():

@@ -6,7 +6,7 @@ Letters: B sequences, T positions, H heads, R numbers of a head, P = R / 2 pairs
 import torch
 from torch import Tensor
 
-from workbench_kernels.tier import resolve, unwatched
+from workbench_kernels.tier import check_devices, resolve, unwatched
 
 MAX_WIDTH = 1_024  # the twin keeps a head in registers
 
@@ -79,6 +79,7 @@ def _in_pairs(x: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_devices(x, cos=cos, sin=sin)
     shapes = f"x {list(x.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}"
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"{shapes}: x must be [B, T, H, R] with R even")

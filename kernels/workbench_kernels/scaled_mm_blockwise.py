@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from workbench_kernels.quantize_blockwise import FP8, WIDTH, dequantize
-from workbench_kernels.tier import resolve, unwatched
+from workbench_kernels.tier import check_devices, resolve, unwatched
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK = 131_072  # numbers that the torch form dequantizes at a time, from the cache
@@ -81,6 +81,7 @@ def dequantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> None:
+    check_devices(a, b=b, scale_a=scale_a, scale_b=scale_b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"a {list(a.shape)} must be [M, K] and b {list(b.shape)} [N, K]")
     if a.dtype != FP8 or b.dtype != FP8:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench_kernels.causal_attention import visible
 from workbench_kernels.moe_route import best
-from workbench_kernels.tier import resolve, unwatched
+from workbench_kernels.tier import check_devices, resolve, unwatched
 
 MAX_WIDTH = 128  # the twin keeps a head's numbers in one tile
 MAX_KEYS = 2**24  # the twin counts the scores within a tile in 32 bits
@@ -215,6 +215,7 @@ def _check_count(index_topk: int) -> None:
 
 def _check(query: Tensor, key: Tensor, weight: Tensor, index_topk: int) -> None:
     _check_count(index_topk)
+    check_devices(query, key=key, weight=weight)
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, weight {list(weight.shape)}"
     if query.ndim != 4 or key.ndim != 3 or weight.shape != query.shape[:3]:
         raise ValueError(f"{shapes} must be [B, T, H, K], [B, S, K] and [B, T, H]")

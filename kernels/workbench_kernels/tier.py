@@ -37,6 +37,8 @@ _in_place_of_auto: ContextVar[str] = ContextVar("_in_place_of_auto", default="au
 def using(impl: str) -> Iterator[None]:
     """Within it, in this thread, every op that is left to "auto" runs as `impl` says: a run chooses for all its ops.
 
+    `torch.compile` asks once: what it has compiled goes on as was said then.
+
     Raises:
         ValueError: `impl` is unknown.
     """
@@ -88,6 +90,17 @@ def unwatched(*tensors: Tensor | None) -> bool:
 
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def check_devices(first: Tensor, **others: Tensor | None) -> None:
+    """Refuse operands that lie on several devices: some products take them and write nothing.
+
+    Raises:
+        ValueError: one of `others` lies elsewhere than `first`.
+    """
+    for name, x in others.items():
+        if x is not None and x.device != first.device:
+            raise ValueError(f"{name} lies on {x.device} and must lie on {first.device}, as the first operand does")
 
 
 def asked(impl: str) -> str:

@@ -47,6 +47,13 @@ def test_obeys_the_rule_with_biases_and_a_clamp(tokens: int, width: int, hidden:
     assert_obeys_rule(with_biases(fused), with_biases(reference), inputs)
 
 
+@pytest.mark.parametrize(("width", "hidden"), [(0, 5), (5, 0)])
+def test_biases_have_gradients_where_a_width_is_zero(width: int, hidden: int) -> None:
+    assert_obeys_rule(
+        with_biases(fused), with_biases(reference), make_biased(9, width, hidden, torch.float32, device=DEVICE)
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_obeys_the_rule_with_float32_router_weights(dtype: torch.dtype) -> None:
     assert_obeys_rule(fused, reference, make(30, 32, 16, dtype, weights_dtype=torch.float32, device=DEVICE))

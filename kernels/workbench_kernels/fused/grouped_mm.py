@@ -162,6 +162,9 @@ def weight_grad(
     num_rows = next(len(rows) for rows in (grad_gather, x_gather, grad) if rows is not None)
     num_experts, num_columns, width = len(offs), grad.shape[1], x.shape[1]
     out = x.new_empty(num_experts, num_columns, width)
+    if width == 0 < num_columns and with_bias:  # the sums are those of any product with these rows
+        gathers = {"grad_gather": grad_gather, "x_gather": grad_gather, "gather_div": gather_div}
+        return out, weight_grad(grad, grad, offs, **gathers, with_bias=True, bias_scale=bias_scale)[1]
     bias = x.new_empty(num_experts, num_columns) if with_bias else None
     if out.numel():
         architecture = architecture_of(x.device)
