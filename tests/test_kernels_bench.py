@@ -54,3 +54,23 @@ def test_a_peer_that_fails_is_told_of_and_left_out(monkeypatch: pytest.MonkeyPat
     assert {line["candidate"] for line in lines} == {"workbench_kernels", "definition", "F.rms_norm"}
     with pytest.raises(RuntimeError, match="no kernel"):
         list(measure(replace(case, ours=broken), Clock("cpu"), {"copy": 1.0}, rounds=2))
+
+
+def test_what_is_wrong_is_told_of_and_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    import run
+    from cases import CASES, rms_norm_cases
+
+    def with_a_wrong_one(dtype: torch.dtype, device: str):
+        right = next(rms_norm_cases(dtype, device))
+        return [replace(right, ours=lambda x, weight: right.ours(x, weight) * 1.1), right]
+
+    monkeypatch.setitem(CASES, "rms_norm", with_a_wrong_one)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--op", "rms_norm", "--rounds", "2"])
+    with pytest.raises(SystemExit, match="wrong above was not timed"):
+        run.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["exceeds" in line["wrong"] for line in lines if "wrong" in line] == [True, True]
+    assert {line["dtype"] for line in lines if "median_ms" in line} == {"float32", "bfloat16"}

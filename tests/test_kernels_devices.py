@@ -29,7 +29,10 @@ HEADS = torch.ones(1, 3, 2, 4)
 CALLS: list[tuple[Callable, dict]] = [
     (rms_norm, {"x": torch.ones(3, 4), "weight": torch.ones(4), "eps": 1e-6}),
     (rope, {"x": HEADS, "cos": torch.ones(3, 2), "sin": torch.ones(3, 2), "interleaved": True}),
-    (moe_route, {"logits": torch.ones(3, 4), "num_experts_per_tok": 2, "scoring_func": "sigmoid", "bias": torch.ones(4)}),
+    (
+        moe_route,
+        {"logits": torch.ones(3, 4), "num_experts_per_tok": 2, "scoring_func": "sigmoid", "bias": torch.ones(4)},
+    ),
     (
         grouped_mm,
         {

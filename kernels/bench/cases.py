@@ -27,7 +27,6 @@ from workbench_kernels import (
 )
 from workbench_kernels.causal_attention import flash
 from workbench_kernels.causal_attention import reference as causal_attention_reference
-from workbench_kernels.expert_order import sort_by_expert
 from workbench_kernels.grouped_mm import reference as grouped_mm_reference
 from workbench_kernels.mla_attention import join_by_head
 from workbench_kernels.mla_attention import reference as mla_attention_reference
@@ -65,10 +64,13 @@ def torch_grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 def composed_moe_mlp(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """The layer in torch's own ops, as a model would write it."""
-    order = sort_by_expert(indices, w13.shape[0])
-    gate, up = torch_grouped_mm(x[order.pair_M // indices.shape[1]], w13, order.offs_E).chunk(2, dim=1)
-    y = torch_grouped_mm(F.silu(gate) * up, w2, order.offs_E)
-    return (y[order.row_NA] * weights[..., None]).sum(dim=1)
+    expert, pair = indices.flatten().sort(stable=True)
+    counts = torch.zeros(len(w13), dtype=torch.int32, device=x.device)
+    ends = counts.scatter_add_(0, expert, torch.ones_like(expert, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
+    gate, up = torch_grouped_mm(x[pair // indices.shape[1]], w13, ends).chunk(2, dim=1)
+    y = torch_grouped_mm(F.silu(gate) * up, w2, ends)
+    row = torch.empty_like(pair).scatter_(0, pair, torch.arange(len(pair), device=x.device))
+    return (y[row].unflatten(0, indices.shape) * weights[..., None]).sum(dim=1)
 
 
 def torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -418,4 +420,6 @@ CASES = {
     "scaled_mm_blockwise": scaled_mm_blockwise_cases,
     "sparse_select": sparse_select_cases,
 }
-PRODUCTS = ("grouped_mm", "linear_cross_entropy", "mla_attention", "moe_mlp", "sparse_select")
+PRODUCTS = ("grouped_mm", "linear_cross_entropy", "mla_attention", "moe_mlp", "scaled_mm_blockwise", "sparse_select")
+# Whose definitions loop over as many experts as there are: the compiler would unroll them for minutes.
+LOOPS = ("grouped_mm", "moe_mlp")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from cases import CASES, Case
-from run import Clock, check
+from run import Clock, Wrong, check
 from triton.errors import TritonError
 
 from workbench_kernels.fused.tuned import Tuned, tuned
@@ -100,7 +100,7 @@ def measured(case: Case, clock: Clock, rounds: int) -> Callable[[], float | None
             with uninitialized_memory_is_nan():  # or what an earlier launch wrote would pass for a result
                 check(case)
             return statistics.median(clock.alternate({"ours": both}, rounds)["ours"])
-        except (RuntimeError, SystemExit, TritonError):  # too much shared memory, too many registers; a wrong result
+        except (RuntimeError, Wrong, TritonError):  # too much shared memory, too many registers; a wrong result
             return None
 
     return milliseconds

@@ -118,7 +118,8 @@ def in_blocks(x: Tensor, block_rows: int) -> Tensor:
 
 def scale_of(largest: Tensor, power_of_two: bool) -> Tensor:
     """The float32 scale of blocks whose largest magnitudes these are."""
-    scale = (largest / LARGEST).to(torch.float32)
+    # By a tensor: a GPU would multiply by the reciprocal of a number, which rounds otherwise.
+    scale = (largest / torch.full((), LARGEST, dtype=largest.dtype, device=largest.device)).to(torch.float32)
     finite = scale.isfinite()
     scale = scale.clamp(min=SMALLEST_SCALE)
     if power_of_two:

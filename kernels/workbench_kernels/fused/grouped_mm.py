@@ -24,6 +24,7 @@ from workbench_kernels.gated import SWIGLU, GatedActivation
 FULL_ROWS = 64  # of an expert, from which on it fills a large tile
 GROUP_M = 8  # tiles of rows that are computed one after the other against the same columns, for the cache
 INTERPRETED_PROGRAMS = 4
+WIDEST_TILE, MOST_AT_ONCE = 128 * 256, 4  # numbers of a tile that leaves no room; programs that share one
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def forward(
         return Product(out, gate_up)
     tiles = tile_map(offs, num_rows, tile.block_m)
     clamp = activation or SWIGLU
-    grouped_mm_fwd_kernel[(_programs(x.device, len(tiles) * cdiv(num_columns, block_n)),)](
+    grouped_mm_fwd_kernel[(_programs(x.device, tile, len(tiles) * cdiv(num_columns, block_n)),)](
         x.contiguous(), weight, bias, gather, scatter, row_scale, offs, tiles, out, gate_up, num_rows, len(tiles),
         clamp.limit, clamp.alpha, clamp.offset,
         num_experts, num_columns, width, gather_div, turned, activation is not None,
@@ -181,10 +182,12 @@ def weight_grad(
     return out, bias
 
 
-def _programs(device: torch.device, num_tiles: int) -> int:
+def _programs(device: torch.device, tile: Launch, num_tiles: int) -> int:
+    """As many as run at once: the widest tile fills a multiprocessor, and narrower ones share it."""
     if interpreting():
         return min(INTERPRETED_PROGRAMS, num_tiles)
-    return min(torch.cuda.get_device_properties(device).multi_processor_count, num_tiles)
+    at_once = min(MOST_AT_ONCE, max(1, WIDEST_TILE // (tile.block_m * tile.block_n)))
+    return min(at_once * torch.cuda.get_device_properties(device).multi_processor_count, num_tiles)
 
 
 def cases(kind: str) -> list[Case]:

@@ -9,7 +9,7 @@ programs, so none depends on their order.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench_kernels.fused.ahead_of_time import SHARED_LIMIT, Case, merged
-from workbench_kernels.fused.architecture import architecture_of, precision_of
+from workbench_kernels.fused.architecture import TRITON_BEFORE_3_8, architecture_of, precision_of
 from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype, interpreting
 from workbench_kernels.fused.on_its_device import on_its_device
@@ -45,7 +45,7 @@ TILES = {
         ((128, 64), (128, 64), (128, 64)),
         ((128, 64), (128, 64), (128, 64)),
         ((128, 64), (128, 32), (128, 64)),
-        ((128, 32), (32, 32), (128, 32)),
+        ((128, 32), (32, 32), (128, 32 if TRITON_BEFORE_3_8 else 16)),
     ),
     ("sm_100", 2): (
         ((128, 128), (128, 64), (128, 64)),
@@ -88,10 +88,19 @@ def widths_for(key_width: int, rope_width: int, value_width: int) -> tuple[int, 
 
 
 def launches_for(widths: tuple[int, int, int], architecture: str, element_bytes: int) -> Launches:
-    num_warps = 4 if architecture == "gfx942" or (element_bytes == 4 and widths[0] < 128) else 8
+    num_warps = 4 if architecture == "gfx942" or (element_bytes == 4 and widths[0] < 64) else 8
     num_stages = 1 if architecture == "gfx942" else 2
-    tiles = TILES[architecture, element_bytes][WIDTHS.index(widths)]
-    return Launches(*(Launch(rows, block, num_warps, num_stages) for rows, block in tiles))
+    if (architecture, element_bytes) == ("sm_90", 2):
+        num_stages = 3  # with two, a block is waited for before the products of the one before are begun
+    forward, key_value, query = (
+        Launch(rows, block, num_warps, num_stages)
+        for rows, block in TILES[architecture, element_bytes][WIDTHS.index(widths)]
+    )
+    if widths == MAX_WIDTHS:  # or it would ask for more shared memory than there is
+        query = replace(query, num_stages=min(2, num_stages))
+    if not TRITON_BEFORE_3_8:
+        key_value = replace(key_value, num_stages=min(2, num_stages))
+    return Launches(forward, key_value, query)
 
 
 class Operands(NamedTuple):
@@ -536,14 +545,14 @@ def mla_attention_bwd_query_kernel(
         seen = (key[None, :] <= past + query[:, None]) & (key[None, :] >= oldest[:, None])
         weights = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
         grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
-        if begin + BLOCK_S >= stop:
-            # All keys at hand: what is taken away is the sum of these very numbers, and not of those rounded in `out`.
-            delta = tl.sum(weights * grad_weights, axis=1)
-            tl.store(delta_ptr + row * num_queries + query, delta, mask=owned)
+        # All keys at hand: what is taken away is the sum of these very numbers, and not of those rounded in `out`.
+        # Chosen and not branched to, as a branch keeps the products of two blocks from overlapping.
+        delta = tl.where(begin + BLOCK_S >= stop, tl.sum(weights * grad_weights, axis=1), delta)
         grad_scores = (weights * (grad_weights - delta[:, None])).to(grad.dtype)
         grad_q_nope = tl.dot(grad_scores, k_nope, grad_q_nope, input_precision=PRECISION)
         grad_q_rope = tl.dot(grad_scores, k_rope, grad_q_rope, input_precision=PRECISION)
 
+    tl.store(delta_ptr + row * num_queries + query, delta, mask=owned)
     grad_q_nope_ptr += (sequence * num_queries * H + head) * BLOCK_K
     grad_q_rope_ptr += (sequence * num_queries * H + head) * BLOCK_R
     _put_rows(grad_q_nope_ptr, grad_q_nope * scale, first, num_queries, H * BLOCK_K, BLOCK_T, BLOCK_K)

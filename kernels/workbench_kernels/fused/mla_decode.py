@@ -29,6 +29,7 @@ FEW_ROWS = 16  # the fewest that the matrix units take
 MIN_KEYS = 256  # of one part, where a sequence fills the cache: shorter parts would be much to merge
 PROGRAMS = 256  # wanted at once; the same for every GPU, so that all add in the same order
 MERGE_TILE, MERGE_WARPS = 1_024, 4
+MERGE_STAGES = tl.constexpr(4)  # one part after the other would wait for memory each time
 LN_2 = tl.constexpr(math.log(2.0))
 
 
@@ -41,20 +42,26 @@ class Launch:
     block_c: int
     chunk: int
     num_warps: int
+    num_stages: int
     num_splits: int
 
 
 # Rows, tokens, columns of a score product and warps, found by compiling: the most that neither spills nor overflows
 # shared memory. Where a score product is cut, its operands would not fit the registers whole.
-FEW = {"sm_80": (16, 64, 512, 8), "sm_90": (16, 64, 512, 8), "sm_100": (16, 64, 512, 8), "gfx942": (16, 16, 512, 4)}
+FEW = {"sm_80": (16, 64, 512, 8), "sm_90": (16, 32, 512, 8), "sm_100": (16, 64, 512, 8), "gfx942": (16, 16, 512, 4)}
 MANY = {"sm_80": (32, 64, 512, 8), "sm_90": (64, 64, 512, 8), "sm_100": (64, 32, 512, 8), "gfx942": (32, 16, 512, 4)}
 MANY_SCATTERED = MANY | {"sm_90": (64, 32, 512, 8)}
 if not TRITON_BEFORE_3_8:
     MANY = MANY_SCATTERED = MANY | {"sm_90": (64, 16, 512, 8)}
+MANY_CONTIGUOUS = MANY | {"sm_90": (64, 32 if TRITON_BEFORE_3_8 else 16, 512, 8)}
+FEW_FLOAT8 = FEW | {"sm_90": (16, 64, 512, 8)}
 MANY_FLOAT8 = MANY | {"sm_80": (16, 64, 512, 8), "sm_90": (64, 32, 128, 8), "sm_100": (64, 32, 64, 8)}
 FLOAT32 = dict.fromkeys(SHARED_LIMIT, (16, 16, 32, 8)) | {"gfx942": (16, 16, 32, 4)}
 SMALL = dict.fromkeys(SHARED_LIMIT, (16, 32, 64, 8))  # widths that vector loads cannot read, or narrow float32
 NUM_STAGES = 2
+# Where shared memory holds two tiles of 16 bits, the next is loaded beside the products of one. The load of a page's
+# number is a stage of its own, and so is what waits for it.
+STAGES_CONTIGUOUS, STAGES_PAGED = 3, 5
 
 
 def launch_for(
@@ -77,16 +84,21 @@ def launch_for(
     elif itemsize > 2:
         tiles = FLOAT32
     elif num_rows <= FEW_ROWS:
-        tiles = FEW
+        tiles = FEW_FLOAT8 if float8 else FEW
     elif float8:
         tiles = MANY_FLOAT8
+    elif page_size is None:
+        tiles = MANY_CONTIGUOUS
     else:
         tiles = MANY if in_one_page(page_size, MANY[architecture][1]) else MANY_SCATTERED
+    num_stages = NUM_STAGES
+    if architecture == "sm_90" and (tiles is FEW or (tiles is MANY_CONTIGUOUS and TRITON_BEFORE_3_8)):
+        num_stages = STAGES_CONTIGUOUS if page_size is None else STAGES_PAGED
     block_m, block_n, chunk, num_warps = tiles[architecture]
     block_c = block_for(widths[0])
     programs = num_sequences * cdiv(num_rows, block_m)
     num_splits = max(1, min(PROGRAMS // programs, cdiv(longest, MIN_KEYS)))
-    return Launch(block_m, block_n, block_c, min(chunk, block_c), num_warps, num_splits)
+    return Launch(block_m, block_n, block_c, min(chunk, block_c), num_warps, num_stages, num_splits)
 
 
 def block_for(width: int) -> int:
@@ -147,7 +159,7 @@ def forward(
         width, q_rope.shape[-1], latent_stride, rope_stride, scale_stride, in_one_page(table_size, launch.block_n),
         precision_of(q_nope.itemsize, architecture),
         launch.block_m, launch.block_n, launch.block_c, BLOCK_R, launch.chunk,
-        num_warps=launch.num_warps, num_stages=NUM_STAGES,  # pyright: ignore[reportCallIssue]
+        num_warps=launch.num_warps, num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     block_m = MERGE_TILE // launch.block_c
     mla_decode_merge_kernel[(cdiv(lse.numel(), block_m),)](
@@ -224,7 +236,7 @@ def _case(kind: str, architecture: str, rows: int, width: int, page_size: int | 
     words.append("contiguous" if page_size is None else f"pages of {page_size}")
     return Case(
         f"mla_decode_fwd_kernel {', '.join(words)}", mla_decode_fwd_kernel, arguments, constants,
-        launch.num_warps, NUM_STAGES, "wide" if launch.block_m == 64 else "narrow", (architecture,),
+        launch.num_warps, launch.num_stages, "wide" if launch.block_m == 64 else "narrow", (architecture,),
     )  # fmt: skip
 
 
@@ -329,7 +341,7 @@ def mla_decode_fwd_kernel(
         out = tl.dot(weights.to(dtype), latent, out * shrink[:, None], input_precision=PRECISION)
         largest = larger
 
-    total = tl.where(total > 0.0, total, 1.0)  # of a query that sees nothing here
+    total = tl.where(total == 0.0, 1.0, total)  # of a query that sees nothing here; what is no number stays one
     part = query * num_splits + tl.program_id(1)
     tl.store((partial_ptr + part[:, None] * C) + latent_column[None, :], out / total[:, None], mask=latent_inside)
     tl.store(partial_lse_ptr + part, (largest + tl.log2(total)) * LN_2, mask=is_row)
@@ -347,7 +359,7 @@ def mla_decode_merge_kernel(
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for split in range(0, num_splits):
+    for split in tl.range(0, num_splits, num_stages=MERGE_STAGES):
         part = row * num_splits + split  # [BLOCK_M]
         lse = tl.load(partial_lse_ptr + part, mask=is_row, other=float("-inf"))
         partial = tl.load(partial_ptr + part[:, None] * C + column[None, :], mask=inside, other=0.0)
@@ -358,7 +370,7 @@ def mla_decode_merge_kernel(
         out = out * shrink[:, None] + partial * weight[:, None]
         largest = larger
 
-    total = tl.where(total > 0.0, total, 1.0)  # of a query that sees nothing at all
+    total = tl.where(total == 0.0, 1.0, total)  # of a query that sees nothing at all
     out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * C + column[None, :], out, mask=inside)
     tl.store(lse_ptr + row, largest + tl.log(total), mask=is_row)

@@ -185,7 +185,7 @@ def moe_route_fwd_kernel(
     tl.store(indices_ptr + pair, indices.to(tl.int64), mask=told)
     tl.store(weights_ptr + pair, weights * routed_scaling_factor, mask=told)
     load = tl.sum((inside & (free == 0)).to(tl.int64), axis=0)  # [BLOCK_E]; whole numbers, added in any order
-    tl.atomic_add(counts_ptr + expert, load, mask=expert < E)
+    tl.atomic_add(counts_ptr + expert, load, mask=(expert < E) & (load > 0))
 
 
 @triton.jit

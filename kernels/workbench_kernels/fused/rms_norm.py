@@ -142,7 +142,7 @@ def rms_norm_fwd_kernel(
         rounded = total.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + offset, rounded, mask=inside)
         x = rounded.to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)  # [BLOCK_M]
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)  # [BLOCK_M]
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)  # [BLOCK_D]
     normal = (x * rstd[:, None]).to(y_ptr.dtype.element_ty).to(tl.float32)
     tl.store(y_ptr + offset, (normal * weight[None, :]).to(y_ptr.dtype.element_ty), mask=inside)

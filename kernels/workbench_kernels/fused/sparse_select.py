@@ -19,10 +19,11 @@ from workbench_kernels.fused.cdiv import cdiv
 from workbench_kernels.fused.interpreter import check_dtype
 from workbench_kernels.fused.on_its_device import on_its_device
 from workbench_kernels.fused.tuned import chosen
-from workbench_kernels.sparse_select import MAX_KEYS, MAX_WIDTH, fits_twin
+from workbench_kernels.sparse_select import MAX_KEYS, MAX_WIDTH, fits_twin, select_last
 
 WIDTHS = (64, MAX_WIDTH)  # others are filled up with zeros, which change no product
 FEW_QUERIES = 16  # those of new tokens: rows of a wider tile would be empty
+FEW_ROWS, LONG_ROW = 128, 8_192  # fewer rows of more keys are chosen from by torch's own kernels
 ROW_BLOCK, ROW_WARPS = 512, 4  # how much of a row of scores is looked at together; more spills on some targets
 PROGRAMS = 256  # the key's gradient is summed in parts until so many programs run; fixed, whatever the GPU
 
@@ -81,7 +82,9 @@ def forward(query: Tensor, key: Tensor, weight: Tensor, index_topk: int) -> tupl
             query.shape[3], precision_of(query.itemsize, architecture), tile.block_t, tile.block_s,
             num_warps=tile.num_warps, num_stages=tile.num_stages,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
-    return scores, choose(scores, index_topk)
+    # A program chooses for a row: few long rows would leave most of a GPU idle.
+    few = num_sequences * num_queries < FEW_ROWS and num_keys > LONG_ROW
+    return scores, select_last(scores, index_topk) if few else choose(scores, index_topk)
 
 
 def choose(scores: Tensor, index_topk: int) -> Tensor:
