@@ -81,6 +81,15 @@ def test_the_gate_sees_a_spill() -> None:
     assert "spills" in str(compile_case(narrow, "sm_90").faults(narrow, "sm_90"))
 
 
+def test_the_gate_sees_products_that_wait_for_each_other() -> None:
+    """A narrow tile with sums of its rows beside the products."""
+    gathered = next(
+        x for x in CASES["bf16"]["grouped_mm"] if "weight_kernel gathered sm_90" in x.name and x.matrix == "wide"
+    )
+    narrow = replace(gathered, constants={**gathered.constants, "BLOCK_N": 64})
+    assert "serializes its products" in compile_case(narrow, "sm_90").faults(narrow, "sm_90")
+
+
 def test_the_gate_sees_products_made_by_hand() -> None:
     case = replace(CASES["bf16"]["rope"][0], matrix="wide")
     assert compile_case(case, "sm_90").faults(case, "sm_90") == ["no wgmma.mma_async"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -16,6 +17,8 @@ from triton.compiler import ASTSource
 
 # Shared memory that one program may use, in bytes.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+
+_NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Instructions of the matrix units: of one warp, and the target's widest, which take a whole tile.
 NARROW = {"sm_80": "mma.sync", "sm_90": "mma.sync", "sm_100": "mma.sync", "gfx942": "v_mfma"}
@@ -48,22 +51,29 @@ class Case:
 class Usage:
     """What a compiled kernel takes; `spills` in bytes on NVIDIA, in registers on AMD.
 
-    `matrix_instructions` counts those of the matrix units in its text, by their names.
+    `matrix_instructions` counts those of the matrix units in its text, by name; where they are `serialized`, each
+    waits for the one before.
     """
 
     registers: int
     spills: int
     shared_bytes: int
     matrix_instructions: dict[str, int]
+    serialized: bool = False
 
     def faults(self, case: Case, architecture: str) -> list[str]:
-        """What a kernel may not do on a target: spill, ask for more shared memory than there is, multiply by hand."""
+        """What a kernel may not do on a target.
+
+        Spill, ask for more shared memory than there is, multiply by hand, or let products wait for each other.
+        """
         wanted = {"wide": WIDE[architecture], "narrow": NARROW[architecture], None: None}[case.matrix]
         found = [f"spills {self.spills}"] if self.spills else []
         if self.shared_bytes > SHARED_LIMIT[architecture]:
             found.append(f"{self.shared_bytes} bytes of shared memory, of {SHARED_LIMIT[architecture]}")
         if wanted is not None and not self.matrix_instructions.get(wanted):
             found.append(f"no {wanted}")
+        if self.serialized:
+            found.append("serializes its products")
         return found
 
 
@@ -87,7 +97,8 @@ def compile_case(case: Case, architecture: str) -> Usage:
     registers, spills = _amd(compiled) if architecture.startswith("gfx") else _nvidia(compiled)
     text = compiled.asm["amdgcn" if architecture.startswith("gfx") else "ptx"]
     counts = {name: text.count(name) for name in (NARROW[architecture], WIDE[architecture])}
-    return Usage(registers, spills, compiled.metadata.shared, {name: n for name, n in counts.items() if n})
+    serialized = "wgmma" in text and _serialized(text)
+    return Usage(registers, spills, compiled.metadata.shared, {name: n for name, n in counts.items() if n}, serialized)
 
 
 def compiled_kernel(case: Case, architecture: str) -> Any:
@@ -109,7 +120,7 @@ def _target(architecture: str) -> GPUTarget:
 
 
 def _nvidia(compiled: Any) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = _NVIDIA / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -123,6 +134,17 @@ def _nvidia(compiled: Any) -> tuple[int, int]:
         registers, stack_bytes = int(found[1]), int(found[2])
         # Spilled registers lie on the stack; one that is set up and never stored to holds none.
         return registers, stack_bytes if stack_bytes and "STL" in told("-sass") else 0
+
+
+def _serialized(ptx: str) -> bool:
+    """Whether the assembler says so: the instructions alone do not show it."""
+    found = re.search(r"\.target (\w+)", ptx)
+    assert found is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [_NVIDIA / "ptxas", "-v", f"--gpu-name={found[1]}", file.name, "-o", os.devnull]
+        return "serialized" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _amd(compiled: Any) -> tuple[int, int]:

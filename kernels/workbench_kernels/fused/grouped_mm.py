@@ -22,6 +22,7 @@ from workbench_kernels.fused.tuned import chosen
 from workbench_kernels.gated import SWIGLU, GatedActivation
 
 FULL_ROWS = 64  # of an expert, from which on it fills a large tile
+NARROWEST_GRAD = 128  # columns of a tile of a weight's gradient; products of narrower ones wait for each other
 GROUP_M = 8  # tiles of rows that are computed one after the other against the same columns, for the cache
 INTERPRETED_PROGRAMS = 4
 WIDEST_TILE, MOST_AT_ONCE = 128 * 256, 4  # numbers of a tile that leaves no room; programs that share one
@@ -169,7 +170,7 @@ def weight_grad(
     bias = x.new_empty(num_experts, num_columns) if with_bias else None
     if out.numel():
         architecture = architecture_of(x.device)
-        shape = FULL_ROWS, width, num_columns, x.dtype.itemsize
+        shape = FULL_ROWS, max(width, NARROWEST_GRAD), num_columns, x.dtype.itemsize
         tile = _chosen("grouped_mm_bwd_weight_kernel", shape, x.device)
         grid = (cdiv(num_columns, tile.block_m) * cdiv(width, tile.block_n), num_experts)
         grouped_mm_bwd_weight_kernel[grid](
@@ -196,10 +197,11 @@ def cases(kind: str) -> list[Case]:
     found = []
     for architecture in SHARED_LIMIT:
         tiles = {launch_for(rows, n, 2048, itemsize, architecture) for rows in (1, FULL_ROWS) for n in (64, 128, 256)}
+        of_weights = {launch_for(FULL_ROWS, n, 2048, itemsize, architecture) for n in (NARROWEST_GRAD, 256)}
         for tile in sorted(tiles, key=astuple):
             found += [_forward_case(kind, architecture, tile, form) for form in ("alone", "all options", "turned")]
-            if tile.block_m > 16:
-                found += [_weight_case(kind, architecture, tile, fused) for fused in (False, True)]
+        for tile in sorted(of_weights, key=astuple):
+            found += [_weight_case(kind, architecture, tile, fused) for fused in (False, True)]
         found += [
             _forward_case(kind, architecture, UNALIGNED[architecture], form, odd=True)
             for form in ("alone", "all options")
