@@ -97,6 +97,15 @@ def test_chooses_among_several_blocks_of_a_row() -> None:
     assert_chooses(edge_scores(2, 2 * fused_sparse_select.ROW_BLOCK + 1), 700)
 
 
+def test_few_long_rows_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which chooses the same keys."""
+    inputs = make(1, 3, 40, 2, 8)
+    expected = fused(*inputs, index_topk=30).keys
+    monkeypatch.setattr(fused_sparse_select, "LONG_ROW", 39)
+    monkeypatch.setattr(fused_sparse_select, "sparse_select_topk_kernel", None)
+    assert torch.equal(fused(*inputs, index_topk=30).keys, expected)
+
+
 def test_keys_to_come_do_not_touch_the_choice() -> None:
     query, key, weight = make(2, 9, 12, 2, 8)
     before = fused(query, key, weight, index_topk=4)

@@ -13,12 +13,11 @@ from typing import Any, Literal
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 # Shared memory that one program may use, in bytes.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-
-_NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Instructions of the matrix units: of one warp, and the target's widest, which take a whole tile.
 NARROW = {"sm_80": "mma.sync", "sm_90": "mma.sync", "sm_100": "mma.sync", "gfx942": "v_mfma"}
@@ -120,7 +119,7 @@ def _target(architecture: str) -> GPUTarget:
 
 
 def _nvidia(compiled: Any) -> tuple[int, int]:
-    tool = _NVIDIA / "cuobjdump"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -138,12 +137,13 @@ def _nvidia(compiled: Any) -> tuple[int, int]:
 
 def _serialized(ptx: str) -> bool:
     """Whether the assembler says so: the instructions alone do not show it."""
-    found = re.search(r"\.target (\w+)", ptx)
+    found = re.search(r"\.target (sm_(\d+)\w*)", ptx)
     assert found is not None
+    assembler = get_ptxas(int(found[2])).path  # Triton brings two, and takes one or the other
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [_NVIDIA / "ptxas", "-v", f"--gpu-name={found[1]}", file.name, "-o", os.devnull]
+        command = [assembler, "-v", f"--gpu-name={found[1]}", file.name, "-o", os.devnull]
         return "serialized" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
