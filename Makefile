@@ -4,7 +4,7 @@ TORCH_INDEX :=
 
 BIN := .venv/bin
 READY := .venv/.ready
-BENCHMARKS := kernels/bench/run.py $(wildcard tests/benchmarks/*.py)
+BENCHMARKS := $(wildcard tests/benchmarks/*.py) kernels/bench/run.py
 
 # Idle threads of torch's pool spin for some microseconds and then sleep, where they would otherwise take the cores from a
 # browser or another run. Measured on two cores, a step of toy_v3 by spin count 0 / 1000 / the default: 550 / 400 / 390 ms

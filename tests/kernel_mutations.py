@@ -30,6 +30,9 @@ def assert_seen(twin: str, mutation: Mutation, folder: Path, proof: Callable[[],
 @contextmanager
 def mutated(twin: str, mutation: Mutation, folder: Path) -> Iterator[None]:
     """Let `fused/<twin>.py` launch a kernel in which `right`, found exactly once, is `wrong`."""
+    from triton import JITFunction
+    from triton.runtime.interpreter import InterpretedFunction
+
     original = importlib.import_module(f"workbench_kernels.fused.{twin}")
     text = Path(inspect.getfile(original)).read_text(encoding="utf-8")
     before, start, kernel = text.partition(f"def {mutation.kernel}(")
@@ -43,9 +46,6 @@ def mutated(twin: str, mutation: Mutation, folder: Path) -> Iterator[None]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    from triton import JITFunction
-    from triton.runtime.interpreter import InterpretedFunction
-
     with pytest.MonkeyPatch.context() as patch:
         # All of them: on a GPU a kernel keeps what it has compiled, whatever the function that it calls is now.
         for name, kernel in vars(module).items():

@@ -170,7 +170,7 @@ def test_bad_options_get_one_line(options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_what_a_later_key_holds_is_never_read(gradients: bool) -> None:
+def test_an_infinite_later_key_reaches_no_earlier_output(gradients: bool) -> None:
     query, key, value = (torch.randn(1, 5, 2, 4) for _ in range(3))
     key[:, 4] = torch.inf
     query = query.abs().requires_grad_(gradients)

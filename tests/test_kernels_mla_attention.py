@@ -222,7 +222,7 @@ def test_every_head_that_fits_has_a_tile() -> None:
 @pytest.mark.parametrize("options", [{}, {"window": 3}])
 def test_compiles_for_every_length(options: dict) -> None:
     attend = torch.compile(mla_attention, backend="aot_eager", fullgraph=True, dynamic=True)
-    for length in (5, 9, 70):
+    for length in (5, 9, 70):  # each its own graph, where blocks are cut by length
         query, rope, shared = torch.randn(1, length, 2, 8), torch.randn(1, length, 2, 4), torch.randn(1, length, 4)
         inputs = query, rope, query.flip(1), shared, query.flip(2)
         torch.testing.assert_close(attend(*inputs, 0.3, **options), mla_attention(*inputs, 0.3, **options))

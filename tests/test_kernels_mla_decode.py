@@ -176,7 +176,7 @@ def test_auto_on_a_gpu_takes_the_definition_for_widths_without_a_twin(monkeypatc
         assert resolve("mla_decode", "auto", torch.device("cuda"), torch.bfloat16, fits=fits) == tier
 
 
-def test_a_later_token_is_never_read_whatever_it_holds() -> None:
+def test_an_infinite_later_key_reaches_no_earlier_query() -> None:
     query, rope, cache = torch.randn(1, 2, 3, 6), torch.randn(1, 2, 3, 2), torch.randn(1, 4, 8)
     later = cache.clone()
     later[0, 3, 6:] = torch.inf  # the positional key of the last token

@@ -224,9 +224,17 @@ def test_refuses(change: dict, message: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 4, 40])
 def test_float32_router_weights_may_be_none_of_float16(tokens: int, factor: float, weight: float) -> None:
     x, w13, w2, indices, _ = make(tokens, 16, 16, torch.float16)
-    weights = torch.full(indices.shape, weight)
-    w2 = (w2 * factor).half()
+    weights, w2 = torch.full(indices.shape, weight), (w2 * factor).half()
     expected = reference(x, w13, w2, indices, weights)
     assert expected.isfinite().all() and expected.any()
     with torch.inference_mode():
         torch.testing.assert_close(moe_mlp(x, w13, w2, indices, weights), expected, rtol=5e-3, atol=1e-7)
+
+
+def test_gradients_with_float32_router_weights_beyond_float16() -> None:
+    x, w13, w2, indices, _ = make(40, 16, 16, torch.float16)
+    inputs = x, w13, (w2 * 1e-2).half(), indices, torch.full(indices.shape, 1e5)
+    expected = results(reference, inputs, torch.full_like(x, 1e-3))
+    for ours, theirs in zip(results(moe_mlp, inputs, torch.full_like(x, 1e-3)), expected, strict=True):
+        assert theirs.isfinite().all() and theirs.any()
+        torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=2e-2 * theirs.abs().max().item())

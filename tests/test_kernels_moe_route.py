@@ -107,3 +107,7 @@ def test_a_score_that_is_zero_has_a_gradient_of_zero() -> None:
     routed = moe_route(logits, 2, scoring_func="sqrtsoftplus", norm_topk_prob=True)
     (grad,) = torch.autograd.grad(routed.weights[0, 0], logits)
     assert grad[0, 0] != 0 and grad[0, 1:3].tolist() == [0, 0] and grad.isfinite().all()
+    broken = moe_route(torch.tensor([[1.0, 2.0, torch.nan, 0.0]]), 2, scoring_func="sqrtsoftplus", norm_topk_prob=True)
+    assert broken.indices[0, 0] == 2 and broken.weights.isnan().all()
+    small = moe_route(torch.tensor([[-100.0, -90.0]]), 1, scoring_func="sqrtsoftplus", norm_topk_prob=True)
+    assert small.indices.item() == 1

@@ -170,6 +170,9 @@ def test_op_is_registered_correctly(dtype: torch.dtype) -> None:
     query, key, weight = make(3, 9, dtype)
     views = query.transpose(1, 2).requires_grad_(), key, weight.transpose(1, 2)
     torch.library.opcheck(torch.ops.workbench_kernels.sparse_select.default, (*views, 3, False))
+    grad = torch.randn(2, 4, 6, dtype=inputs[2].dtype)
+    backward = torch.ops.workbench_kernels.sparse_select_grad.default
+    torch.library.opcheck(backward, (grad, *(x.detach() for x in inputs), False))
 
 
 def test_compiles_as_one_graph() -> None:

@@ -71,7 +71,8 @@ def check(case: Case) -> None:
             raise Wrong(f"{case.op} {case.shape} {ours.dtype}: error {error:.3g} exceeds {allowed:.3g}")
 
 
-# Of a GPU's clock, about half a millisecond: meanwhile the host hands over what is timed, or it would time the host.
+# Of a GPU's clock, about half a millisecond: meanwhile the host hands over what is timed. What takes the host longer,
+# as a loop over experts does, is still timed with it.
 HOST_CYCLES = 1_000_000
 
 

@@ -207,7 +207,7 @@ def _check_options(x: Tensor, weight: Tensor, options: Options) -> None:
     if gather_idx is not None and gather_idx.ndim != 1:
         raise ValueError(f"gather_idx {list(gather_idx.shape)} must have one axis")
     num_rows = len(x) if gather_idx is None else len(gather_idx)
-    if num_rows > len(x) == 0:
+    if len(x) == 0 and num_rows > 0:
         raise ValueError(f"gather_idx names {num_rows} rows and x has none")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype={out_dtype} must be floating")

@@ -142,7 +142,7 @@ def forward(input: Tensor, linear_weight: Tensor, target: Tensor, terms: Terms) 
     ignored_N = target == terms.ignore_index
     target_N1 = target.masked_fill(ignored_N, 0)[:, None]
     for rows, _, logits_CV in _logits(input, linear_weight):
-        largest_C = logits_CV.amax(dim=1)
+        largest_C = logits_CV.amax(dim=1)  # of the logits, which the next line overwrites
         log_softmax_CV = torch.log_softmax(logits_CV, dim=1, out=logits_CV)
         loss_C1 = -log_softmax_CV.gather(1, target_N1[rows])
         lse_N[rows] = largest_C.double() - log_softmax_CV.amax(dim=1)

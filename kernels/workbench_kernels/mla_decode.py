@@ -77,16 +77,16 @@ def mla_decode(
         float32 or wider.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or a length lies outside the cache; the twin does not look at lengths
-            and reads no further than the cache.
+        ValueError: shapes, dtypes or devices do not fit, or a length or a page lies outside the cache. The twin looks
+            at neither: it cuts lengths, and believes the block table.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C; Flash-Decoding, Dao et al., 2023 (parts of the
     keys side by side); FlashMLA (layout of the cache).
     """
     latent, scale, rope = kv_cache if isinstance(kv_cache, Float8Cache) else (kv_cache, None, None)
     check_devices(
-        q_nope, q_rope=q_rope, kv_cache=latent, scale=scale, rope=rope,
-        block_table=block_table, cache_seqlens=cache_seqlens,
+        q_nope, q_rope=q_rope, kv_cache=latent, block_table=block_table, cache_seqlens=cache_seqlens,
+        **{"kv_cache.scale": scale, "kv_cache.rope": rope},
     )  # fmt: skip
     _check_queries(q_nope, q_rope)
     if scale is None or rope is None:
@@ -140,7 +140,7 @@ def hidden(num_queries: int, length: int, device: torch.device) -> Tensor:
 
 
 def lengths_of(kv_cache: Tensor | Float8Cache, block_table: Tensor | None, cache_seqlens: Tensor) -> list[int]:
-    """The tokens of every sequence, none of which may lie outside the cache; without values, all that it can hold."""
+    """The tokens of every sequence; none, and no page, may lie outside the cache. Without values, all that it holds."""
     pages = kv_cache.latent if isinstance(kv_cache, Float8Cache) else kv_cache
     most = pages.shape[1] if block_table is None else block_table.shape[1] * pages.shape[1]
     if cache_seqlens.is_meta:
@@ -151,8 +151,9 @@ def lengths_of(kv_cache: Tensor | Float8Cache, block_table: Tensor | None, cache
     if block_table is not None and max(lengths, default=0) > 0:
         first_token_P = torch.arange(block_table.shape[1], device=block_table.device) * pages.shape[1]
         used = block_table[first_token_P < cache_seqlens[:, None]]
-        if not 0 <= int(used.min()) <= int(used.max()) < len(pages):
-            raise ValueError(f"block_table names pages {int(used.min())}..{int(used.max())} of {len(pages)}")
+        lowest, highest = (int(page) for page in used.aminmax())
+        if not 0 <= lowest <= highest < len(pages):
+            raise ValueError(f"block_table names pages {lowest}..{highest} of {len(pages)}")
     return lengths
 
 

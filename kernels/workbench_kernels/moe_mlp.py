@@ -267,7 +267,8 @@ def _moe_mlp_grad(
         kept = (gate_up, pair, row, offs)
         return twin.backward(grad, x, w13, w2, indices, weights, *kept, b2, has_b13, activation)
     order = Order(pair, row, offs, padding)
-    weight_M1 = weights.reshape(-1, 1).index_select(0, pair).to(x.dtype)
+    narrow = x.dtype == torch.float16  # holds few of the numbers that a float32 weight may be
+    weight_M1 = weights.reshape(-1, 1).index_select(0, pair).to(weights.dtype if narrow else x.dtype)
     gate_MF, up_MF = gate_up.chunk(2, dim=1)
     gated_MF, raised_MF = activation.of_gate(gate_MF), activation.of_up(up_MF)
     hidden_MF = gated_MF * raised_MF
@@ -279,8 +280,11 @@ def _moe_mlp_grad(
     if b2 is not None:
         grad_weight_M += (grad_y_MK * bias_of_rows(b2, offs, len(pair))).sum(dim=1, dtype=sum_dtype)
     grad_weights = grad_weight_M.index_select(0, row.view(-1)).view_as(row).to(weights.dtype)
-    grad_w2 = rows_by_rows(grad_y_MK, hidden_MF.mul_(weight_M1), offs)
-    grad_b2 = x.new_empty(0) if b2 is None else group_sums(grad_y_MK * weight_M1, offs)
+    if narrow:
+        grad_w2 = rows_by_rows((grad_y_MK * weight_M1).to(x.dtype), hidden_MF, offs)
+    else:
+        grad_w2 = rows_by_rows(grad_y_MK, hidden_MF.mul_(weight_M1), offs)
+    grad_b2 = x.new_empty(0) if b2 is None else group_sums((grad_y_MK * weight_M1).to(x.dtype), offs)
 
     grad_hidden_MF.mul_(weight_M1)
     grad_gate_up_M2F = torch.empty_like(gate_up)

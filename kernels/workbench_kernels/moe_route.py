@@ -130,9 +130,9 @@ def expert_scores(logits: Tensor, scoring_func: str) -> Tensor:
         case "sigmoid":
             return logits.sigmoid()
         case "sqrtsoftplus":
-            # Far below zero softplus is 0, where the slope of a root is infinite.
             softplus = F.softplus(logits)
-            return softplus.clamp(min=torch.finfo(softplus.dtype).tiny).sqrt().where(softplus > 0, 0)
+            is_zero = softplus == 0  # where the slope of a root is infinite
+            return softplus.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
         case _:
             raise ValueError(f"scoring_func={scoring_func!r} must be one of softmax, sigmoid, sqrtsoftplus")
 

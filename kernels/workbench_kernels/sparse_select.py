@@ -157,7 +157,7 @@ def backward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[
         grad_query[:, first:last] = torch.bmm(passed_BXS, key_BSK).mul_(weight_BX1).view_as(grad_query[:, first:last])
         # Few rows of many columns: the matrix library adds up a narrow product of many terms less exactly.
         grad_key_BKS.baddbmm_((query_BXK * weight_BX1).mT, passed_BXS)
-    return grad_query, grad_key_BKS.mT.to(key.dtype, memory_format=torch.contiguous_format), grad_weight
+    return grad_query, grad_key_BKS.mT.to(key.dtype).contiguous(), grad_weight
 
 
 @torch.library.custom_op("workbench_kernels::sparse_select", mutates_args=())

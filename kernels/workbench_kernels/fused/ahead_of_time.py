@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 # Shared memory that one program may use, in bytes.
@@ -137,6 +136,8 @@ def _nvidia(compiled: Any) -> tuple[int, int]:
 
 def _serialized(ptx: str) -> bool:
     """Whether the assembler says so: the instructions alone do not show it."""
+    from triton.backends.nvidia.compiler import get_ptxas  # here: a Triton for AMD alone may lack it
+
     found = re.search(r"\.target (sm_(\d+)\w*)", ptx)
     assert found is not None
     assembler = get_ptxas(int(found[2])).path  # Triton brings two, and takes one or the other

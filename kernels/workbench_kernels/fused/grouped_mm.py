@@ -164,13 +164,14 @@ def weight_grad(
     num_rows = next(len(rows) for rows in (grad_gather, x_gather, grad) if rows is not None)
     num_experts, num_columns, width = len(offs), grad.shape[1], x.shape[1]
     out = x.new_empty(num_experts, num_columns, width)
-    if width == 0 < num_columns and with_bias:  # the sums are those of any product with these rows
+    if width == 0 and num_columns > 0 and with_bias:  # the sums are those beside any product, which is thrown away
         gathers = {"grad_gather": grad_gather, "x_gather": grad_gather, "gather_div": gather_div}
         return out, weight_grad(grad, grad, offs, **gathers, with_bias=True, bias_scale=bias_scale)[1]
     bias = x.new_empty(num_experts, num_columns) if with_bias else None
     if out.numel():
         architecture = architecture_of(x.device)
-        shape = FULL_ROWS, max(width, NARROWEST_GRAD), num_columns, x.dtype.itemsize
+        columns = width if width * x.itemsize % 16 else max(width, NARROWEST_GRAD)
+        shape = FULL_ROWS, columns, num_columns, x.dtype.itemsize
         tile = _chosen("grouped_mm_bwd_weight_kernel", shape, x.device)
         grid = (cdiv(num_columns, tile.block_m) * cdiv(width, tile.block_n), num_experts)
         grouped_mm_bwd_weight_kernel[grid](

@@ -57,7 +57,8 @@ TILES = {
     ("sm_80", 4): _FLOAT32,
     ("sm_90", 4): _FLOAT32,
     ("sm_100", 4): _FLOAT32,
-    ("gfx942", 4): (((64, 32), (64, 16), (64, 32)),) * 3,
+    ("gfx942", 4): (((64, 32), (64, 16), (64, 32)),) * 2
+    + (((64, 32), (64, 16), (64, 32 if TRITON_BEFORE_3_8 else 16)),),
 }
 HEADS = 16  # of the cases that are compiled ahead of time
 

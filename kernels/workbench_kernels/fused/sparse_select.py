@@ -23,7 +23,7 @@ from workbench_kernels.sparse_select import MAX_KEYS, MAX_WIDTH, fits_twin, sele
 
 WIDTHS = (64, MAX_WIDTH)  # others are filled up with zeros, which change no product
 FEW_QUERIES = 16  # those of new tokens: rows of a wider tile would be empty
-FEW_ROWS, LONG_ROW = 128, 8_192  # fewer rows of more keys are chosen from by torch's own kernels
+FEW_ROWS, LONG_ROW = 128, 8_192  # not measured yet: fewer rows of more keys are left to torch's own kernels
 ROW_BLOCK, ROW_WARPS = 512, 4  # how much of a row of scores is looked at together; more spills on some targets
 PROGRAMS = 256  # the key's gradient is summed in parts until so many programs run; fixed, whatever the GPU
 
