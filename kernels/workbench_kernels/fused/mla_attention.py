@@ -99,7 +99,7 @@ def launches_for(widths: tuple[int, int, int], architecture: str, element_bytes:
     )
     if widths == MAX_WIDTHS:  # or it would ask for more shared memory than there is
         query = replace(query, num_stages=min(2, num_stages))
-    if not TRITON_BEFORE_3_8:
+    if widths == WIDTHS[1] or not TRITON_BEFORE_3_8:  # or some Triton spills
         key_value = replace(key_value, num_stages=min(2, num_stages))
     return Launches(forward, key_value, query)
 

@@ -96,6 +96,8 @@ def launch_for(
         num_stages = STAGES_CONTIGUOUS if page_size is None else STAGES_PAGED
     block_m, block_n, chunk, num_warps = tiles[architecture]
     block_c = block_for(widths[0])
+    if architecture == "sm_90" and block_m == 64 and block_c <= 128 and not float8:
+        num_warps = 4  # with more, Triton 3.6 lets the products of narrow latents wait for each other
     programs = num_sequences * cdiv(num_rows, block_m)
     num_splits = max(1, min(PROGRAMS // programs, cdiv(longest, MIN_KEYS)))
     return Launch(block_m, block_n, block_c, min(chunk, block_c), num_warps, num_stages, num_splits)
