@@ -114,12 +114,11 @@ def few_pairs(
     pairs, num_slots = indices.flatten().tolist(), indices.shape[1]
     check_experts((min(pairs), max(pairs)), w13.shape[0])
     # A single token's rows may stay as its slots are; those of several are sorted by expert.
-    order = list(range(len(pairs))) if len(x) == 1 else sorted(range(len(pairs)), key=pairs.__getitem__)
-    rows_MK = (
-        x.expand(len(pairs), -1)
-        if len(x) == 1
-        else x[torch.tensor([pair // num_slots for pair in order], device=x.device)]
-    )
+    if len(x) == 1:
+        order, rows_MK = list(range(len(pairs))), x.expand(len(pairs), -1)
+    else:
+        order = sorted(range(len(pairs)), key=pairs.__getitem__)
+        rows_MK = x[torch.tensor([pair // num_slots for pair in order], device=x.device)]
     experts = [pairs[pair] for pair in order]
     starts = [i for i in range(len(experts)) if i == 0 or experts[i] != experts[i - 1]]
     groups = [(experts[i], slice(i, j)) for i, j in zip(starts, [*starts[1:], len(experts)], strict=True)]

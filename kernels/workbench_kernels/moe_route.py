@@ -148,8 +148,8 @@ def mask_groups(biased_NE: Tensor, n_group: int, topk_group: int, judged_by: int
 
 def best(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest of the last axis, largest first; of equals the lowest, on every device."""
-    # On a GPU torch sorts a NaN whose sign is set as if it were the lowest.
-    scores = scores.masked_fill(scores.isnan(), torch.nan)
+    if scores.device.type != "cpu":  # where torch sorts a NaN whose sign is set as if it were the lowest
+        scores = scores.masked_fill(scores.isnan(), torch.nan)
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
